@@ -28,7 +28,7 @@ ENGINE_RATE = 16_000
 """Sample rate, in Hz, of the sound that engines hear."""
 
 Mode: TypeAlias = Literal["append", "interrupt", "replace"]
-"""How a new turn meets the ones before it: waits for them, cuts the present one, or drops them all."""
+"""How a new turn meets those before it: waits, cuts the present one, or drops them all."""
 
 
 # --- speech in ------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Cue:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A turn is on its way (its text is being synthesised, say). Optional: `Audio` opens one too."""
+    """A turn is on its way (its text is being synthesised, say). Optional: `Audio` opens it too."""
 
     turn: int
     mode: Mode = "append"
@@ -144,7 +144,7 @@ def slice_start(index: int, rate: int, fps: int) -> int:
 
 
 def frames_for(samples: int, rate: int, fps: int) -> int:
-    """How many frames `samples` fill, the last one perhaps in part: the least n that covers them."""
+    """How many frames `samples` fill, the last perhaps in part: the least n that covers them."""
     return -(-samples * fps // rate)
 
 
@@ -168,7 +168,9 @@ class Resampler:
 
     def __init__(self, source: int, target: int) -> None:
         if not 4_000 <= source <= 384_000:
-            raise InputError(f"a sample rate of {source} Hz can't be used: send 8,000 to 192,000 Hz")
+            raise InputError(
+                f"a sample rate of {source} Hz can't be used: send 8,000 to 192,000 Hz"
+            )
         self.source = source
         self.target = target
         self._inner: av.AudioResampler | None = None
@@ -198,7 +200,8 @@ def _joined(frames: Sequence[av.AudioFrame]) -> Int16:
 
 def to_float(pcm: Int16) -> Float32:
     """int16 to float32 in [-1, 1)."""
-    return pcm.astype(np.float32) / np.float32(32768.0)
+    scaled: Float32 = pcm.astype(np.float32) / np.float32(32768)
+    return scaled
 
 
 # --- time -----------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class Job:
 
 
 class EngineSession(Protocol):
-    """One room's state in an engine. Every method is quick (well under a frame) and never blocks."""
+    """One room's state in an engine. Methods are quick (well under a frame); none blocks."""
 
     @property
     def spec(self) -> Spec: ...
