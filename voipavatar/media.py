@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import av
 import numpy as np
@@ -129,6 +129,14 @@ class Sink(Protocol):
 
     async def aclose(self) -> None:
         """Finish what can be finished and let go. Idempotent."""
+
+
+@runtime_checkable
+class PatientSink(Protocol):
+    """A sink that can be waited for, where nothing may be lost (a file, on a clock that waits)."""
+
+    async def drain(self) -> None:
+        """Until `put` has room for a frame. Raises what made going on impossible."""
 
 
 def check_fps(fps: int) -> int:

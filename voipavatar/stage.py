@@ -36,6 +36,7 @@ from .media import (
     Frame,
     Int16,
     Mode,
+    PatientSink,
     Resampler,
     Sink,
     Source,
@@ -772,7 +773,10 @@ class Stage:
             self.tick()
 
     async def _everything(self) -> None:
-        """For files: the next frame's picture is drawn and its sound is there."""
+        """For files: the next picture is drawn, its sound is there, and the file has room."""
+        for sink in self.sinks:
+            if isinstance(sink, PatientSink):
+                await sink.drain()
         while True:
             self._wake.clear()
             self._settle()
