@@ -67,6 +67,9 @@ IMAGE = f"livekit/livekit-server:v{VERSION}"
 HTTP_PORT, UDP_PORT = 7880, 7882
 START_LIMIT = 30.0
 STOP_LIMIT = 5.0
+SETTLED = 0.3
+"""Seconds after its first answer in which livekit-server ignores SIGTERM, with a margin: it calls
+itself running 0.1 s after it listens (`pkg/service/server.go`)."""
 BUILD_LIMIT = 1800.0
 LOG_BYTES = 4_000_000
 
@@ -228,6 +231,8 @@ def _unpack(archive: Path, target: Path) -> None:
 
 async def _install(fresh: Path, target: Path) -> None:
     """Prove that `fresh` runs, then put it in its place in one step."""
+    if not fresh.is_file():
+        raise _Unavailable("the build gave no livekit-server")
     fresh.chmod(0o755)
     lines: list[str] = []
     code = await _run([str(fresh), "--version"], lines.append, limit=20)
@@ -434,6 +439,7 @@ class LiveKitServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: threading.Thread | None = None
         self._container = ""
+        self._ready_at: float | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress | None = None) -> LiveKitServer:
@@ -526,6 +532,9 @@ class LiveKitServer:
         if process is None:
             return
         try:
+            if self._ready_at is None:  # nobody has met it yet
+                return
+            await asyncio.sleep(self._ready_at + SETTLED - time.monotonic())
             # One SIGTERM asks it to wait for its participants to leave, a second not to.
             _signal(process, signal.SIGTERM)
             await asyncio.sleep(0.05)
@@ -589,6 +598,7 @@ class LiveKitServer:
         if launcher.container:
             self._container = f"voipavatar-livekit-{secrets.token_hex(4)}"
             argv += [f"--name={self._container}", IMAGE]
+        self._ready_at = None
         self.log = self._cache_dir / "log" / f"livekit-server-{self.http_port}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         _prune(self.log.parent)
@@ -643,6 +653,7 @@ class LiveKitServer:
                 try:
                     async with session.post(address, json={}, headers=headers) as reply:
                         if reply.status == 200:
+                            self._ready_at = time.monotonic()
                             return
                         if reply.status in (401, 403, 404):
                             raise _PortTaken
