@@ -445,7 +445,8 @@ class LiveKitServer:
         self.log: Path | None = None
         self._wanted = (http_port, udp_port)
         self._cache_dir = cache_dir
-        self._progress = progress
+        self.progress = progress
+        """Hears what is being done while a server is fetched or built."""
         self._launcher = launcher
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: threading.Thread | None = None
@@ -513,7 +514,7 @@ class LiveKitServer:
             return
         await self.stop()
         if self._launcher is None:
-            self._launcher = await obtain(self._cache_dir, self._progress)
+            self._launcher = await obtain(self._cache_dir, self.progress)
         settled = self.http_port != 0
         for attempt in range(3):
             if not settled:
