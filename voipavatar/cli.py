@@ -250,7 +250,7 @@ def render(
     if voice is not None and text is None:
         raise click.UsageError("--voice goes with --text.")
     if text == "-":
-        text = click.get_text_stream("stdin").read(settings.max_text + 1)
+        text = sys.stdin.read(settings.max_text + 1)
     who = load_persona(persona, settings)
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"the folder {out.absolute().parent} is not there: make it first")
