@@ -43,9 +43,7 @@ def face(
 
     def stroke(points: Array, colour: tuple[float, float, float], thick: float) -> None:
         fixed = np.rint((points + 0.5) * fine * 16 - 8).astype(np.int32)
-        cv2.polylines(
-            canvas, [fixed], False, colour, max(1, round(thick * fine)), cv2.LINE_AA, 4
-        )
+        cv2.polylines(canvas, [fixed], False, colour, max(1, round(thick * fine)), cv2.LINE_AA, 4)
 
     def oval(ox: float, oy: float, rx: float, ry: float, count: int = 90) -> Array:
         t = np.linspace(0, 2 * math.pi, count, endpoint=False)

@@ -154,9 +154,7 @@ def _check_order(marks: Landmarks) -> None:
         ("jaw", marks.jaw[0], marks.jaw[-1]),
     ):
         if right[0] - left[0] < 4:
-            raise ConfigError(
-                f"landmarks.{key} must run from left to right as seen in the picture"
-            )
+            raise ConfigError(f"landmarks.{key} must run from left to right as seen in the picture")
     if not (
         marks.left_eye.iris[1] < marks.nose[2, 1] < marks.inner_lips[:, 1].mean()
         and marks.inner_lips[:, 1].mean() < marks.jaw[len(marks.jaw) // 2, 1]
@@ -803,21 +801,27 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
 
     hollow = lips * np.array([0.17, 0.16, 0.24])
     deep = 0.75 + 0.5 * smoothstep((y + 0.02) / 0.25)
-    put(0, np.broadcast_to(hollow, (*shape, 3)) * np.broadcast_to(deep, shape)[..., None],
-        np.ones(shape))
+    put(
+        0,
+        np.broadcast_to(hollow, (*shape, 3)) * np.broadcast_to(deep, shape)[..., None],
+        np.ones(shape),
+    )
 
     # The tongue, its tip towards the viewer, in the place it has while the jaw is up.
     flesh = lips * 0.55 + np.array([112.0, 108.0, 196.0]) * 0.45 * (lips.max() / 200)
     across = x / (0.80 * half)
     upper_y = 0.012 + 0.05 * across**2
     body = (y - upper_y) / 0.11
-    light = 0.60 + 0.30 * np.exp(-((body - 0.30) / 0.35) ** 2) - 0.12 * np.exp(-((x / 0.012) ** 2))
+    light = (
+        0.60 + 0.30 * np.exp(-(((body - 0.30) / 0.35) ** 2)) - 0.12 * np.exp(-((x / 0.012) ** 2))
+    )
     light = light - 0.25 * np.clip(np.abs(across), 0, 1) ** 3
     alpha = smoothstep((y - upper_y) / 0.012) * smoothstep((1 - np.abs(across)) / 0.16)
     put(1, flesh * np.clip(light, 0, 1.1)[..., None], alpha)
 
-    def band(width: float, marks_at: tuple[float, ...], edge: Float64, root: float,
-             sign: float) -> tuple[Float64, Float64]:
+    def band(
+        width: float, marks_at: tuple[float, ...], edge: Float64, root: float, sign: float
+    ) -> tuple[Float64, Float64]:
         """Brightness and alpha of one row of teeth; `sign` 1 when it hangs."""
         along = x / (width * half)
         notch = np.zeros_like(along)
@@ -980,9 +984,7 @@ class Puppet:
                 view[:] = pixels
         return kept
 
-    def _draw(
-        self, out: UInt8, pose: Pose, weights: Float32, talks: bool, moves: bool
-    ) -> None:
+    def _draw(self, out: UInt8, pose: Pose, weights: Float32, talks: bool, moves: bool) -> None:
         x, y, width, height = self._region
         nodes = self._nodes
         shift = None
@@ -1032,9 +1034,7 @@ class Puppet:
         full = cv2.resize(
             nodes * np.float32(2.0), (columns * 2, rows * 2), interpolation=cv2.INTER_LINEAR
         )[2:-2, 2:-2]
-        luma = cv2.remap(
-            self._luma, full, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+        luma = cv2.remap(self._luma, full, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         half = (nodes[1:-1, 1:-1] - np.float32(0.5)) * np.float32(0.5)
         chroma = cv2.remap(
             self._chroma, half, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
@@ -1055,7 +1055,9 @@ class Puppet:
         ring = self._ring(weights)
         # The frame of the mouth: origin, a point along it, a point below it; then the lips.
         frame = self.rig.frame
-        anchors = np.stack([frame[0], frame[0] + 0.2 * frame[1], frame[0] + 0.2 * self._down * unit])
+        anchors = np.stack(
+            [frame[0], frame[0] + 0.2 * frame[1], frame[0] + 0.2 * self._down * unit]
+        )
         points = np.vstack([anchors, ring]).astype(np.float32)
         if shift is not None:
             points = self._carry_points(points, shift)
