@@ -927,8 +927,8 @@ class Puppet:
         x, y, width, height = _ints(rig.mouth_box)
         self._mouth_box = (x, y, width, height)
         self._mouth_at = ((y - region[1]) // 2 + 1, (x - region[0]) // 2 + 1)
-        self._head = rig.head.reshape(len(HEAD), -1)
-        self._mouth = rig.mouth.reshape(len(MOUTH), -1)
+        self._head = np.ascontiguousarray(rig.head.reshape(len(HEAD), -1, rig.head.shape[3]))
+        self._mouth = rig.mouth.reshape(len(MOUTH), -1, 2)
         self._unit = float(np.linalg.norm(rig.frame[1]))
         self._axis = rig.frame[1] / self._unit
         self._down = np.array([-self._axis[1], self._axis[0]], np.float32)
@@ -989,7 +989,7 @@ class Puppet:
         nodes = self._nodes
         shift = None
         if moves:
-            small = (pose.head @ self._head).reshape(height // 4 + 2, width // 4 + 2, 2)
+            small = _sum(self._head, pose.head).reshape(height // 4 + 2, width // 4 + 2, 2)
             # A quarter grid becomes a half grid with two nodes around it, of which one is kept.
             shift = cv2.resize(
                 small, (width // 2 + 4, height // 2 + 4), interpolation=cv2.INTER_LINEAR
@@ -1000,7 +1000,7 @@ class Puppet:
             row, column = self._mouth_at
             _, _, mouth_w, mouth_h = self._mouth_box
             part = (slice(row, row + mouth_h // 2), slice(column, column + mouth_w // 2))
-            field = (weights @ self._mouth).reshape(2, mouth_h // 2, mouth_w // 2, 2)
+            field = _sum(self._mouth, weights).reshape(2, mouth_h // 2, mouth_w // 2, 2)
             here = nodes[part]
             if nodes is self._nodes:
                 nodes = nodes.copy()
@@ -1191,6 +1191,16 @@ class Puppet:
         tint /= np.maximum(small, 1e-3)[..., None]
         view = chroma[at_y // 2 : at_y // 2 + size[1], at_x // 2 : at_x // 2 + size[0]]
         _blend(view, tint, small[..., None])
+
+
+def _sum(fields: Float32, weights: Float32) -> Float32:
+    """The weighted sum over the first axis, on this thread only: a matrix product would call up
+    the threads of a BLAS, which cost more than they bring on a machine that is busy."""
+    out = np.zeros(fields.shape[1:], np.float32)
+    for field_, weight in zip(fields, weights, strict=True):
+        if weight:
+            cv2.scaleAdd(field_, float(weight), out, out)
+    return out
 
 
 def _blend(under: UInt8, over: npt.NDArray[Any], share: Float32) -> None:
