@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, cast
 
 import cv2
@@ -329,6 +329,21 @@ INNER = (-0.36, -0.12, 0.72, 0.48)
 """What the inner-mouth layers cover, in face units from the seam: x, y, width, height."""
 
 
+def _even(ring: Float64) -> Float64:
+    """Twenty lip points at even distances along the mouth, whatever the spacing they came in."""
+    start, end = ring[0], ring[10]
+    length = float(np.linalg.norm(end - start))
+    turn = np.stack([end - start, [start[1] - end[1], end[0] - start[0]]]) / length
+    edges = []
+    for points in (ring[0:11], ring[np.r_[0, 19:10:-1, 10]]):
+        line = curve(points, 400) @ turn.T
+        along = np.maximum.accumulate(line[:, 0] + np.arange(400) * 1e-7)
+        even = np.linspace(along[0], along[-1], 11)
+        edges.append(np.stack([even, np.interp(even, along, line[:, 1])], -1) @ turn)
+    upper, lower = edges
+    return np.vstack([upper, lower[9:0:-1]])
+
+
 def build(bgr: UInt8, marks: Landmarks, motion: float) -> Rig:
     """The rig of a picture (even height and width). `motion` scales the head's, 0 for none.
 
@@ -336,6 +351,9 @@ def build(bgr: UInt8, marks: Landmarks, motion: float) -> Rig:
     """
     height, width = bgr.shape[:2]
     _check_face(marks, width, height)
+    marks = replace(
+        marks, inner_lips=_even(marks.inner_lips), outer_lips=_even(marks.outer_lips)
+    )
     frame = _mouth_frame(marks)
     mouth_box, mouth, ring_motion = _mouth_fields(marks, frame, width, height)
     region, head = _head_fields(marks, frame, mouth_box, width, height, motion)
@@ -639,7 +657,7 @@ def _lids(
     opening = float(high[1] - low[1])
     box = _box(
         low[0] - 0.10 * unit,
-        low[1] - 0.9 * opening - 0.03 * unit,
+        low[1] - 0.9 * opening - 0.09 * unit,
         high[0] + 0.10 * unit,
         high[1] + 0.5 * opening + 0.03 * unit,
         width,
@@ -666,18 +684,29 @@ def _lids(
     size = 2 * unit
     rows = np.arange(box_h * 2, dtype=np.float64)[:, None]
 
-    # The skin of a shut lid: what lies between lid and brow, smoothed along the lid, shaded round.
+    # The skin around the eye without lashes: a closing takes away what is dark and thin.
     brow_y = float((curve(brow, 50)[:, 1].max() - y0) * 2)
-    room = np.maximum(upper - brow_y, 0.05 * size)
-    skin = np.zeros((box_w * 2, 3), np.float64)
-    take = np.linspace(0.30, 0.62, 9)
-    for share in take:
-        row = np.clip(np.rint(upper - room * share), 0, box_h * 2 - 1).astype(int)
-        skin += source[row, np.arange(box_w * 2)]
-    skin /= len(take)
-    skin = cv2.GaussianBlur(
-        skin[None].astype(np.float32), (0, 0), 0.05 * size, borderType=cv2.BORDER_REPLICATE
-    )[0].astype(np.float64)
+    wide, high = (max(3, round(share * size)) | 1 for share in (0.11, 0.016))
+    kernel = cv2.getStructuringElement(cv2.MORPH_RECT, (wide, high))
+    clean = cv2.morphologyEx(source, cv2.MORPH_CLOSE, kernel, borderType=cv2.BORDER_REPLICATE)
+    clean = cv2.GaussianBlur(clean, (0, 0), 0.03 * size, sigmaY=0.006 * size)
+    # Above the eye that skin is all there is; the lid's own edge and the eye must not colour it.
+    foot = upper - 0.016 * size
+    above = np.minimum(np.broadcast_to(rows, (box_h * 2, box_w * 2)), foot[None])
+    across = np.broadcast_to(columns, above.shape)
+    clean = _pull(clean, across, above)
+    clean = cv2.GaussianBlur(clean, (0, 0), 0.03 * size, sigmaY=0.004 * size)
+    # How much darker lashes make what is above the lid's edge, by their height over it.
+    long = 0.075 * size
+    heights = np.arange(math.ceil(long) + 2, dtype=np.float64)[:, None]
+    edge_at = upper[None] - heights
+    lashes = np.maximum(
+        _pull(clean, np.broadcast_to(columns, edge_at.shape), edge_at)
+        - _pull(source, np.broadcast_to(columns, edge_at.shape), edge_at),
+        0,
+    )
+    fade = smoothstep((long - heights) / (0.3 * long)) * smoothstep((edge_at - brow_y) / 6)
+    lashes = np.where(lashes > 10, lashes, 0) * fade[..., None]
     # Lashes: the darkest of the lid's own edge.
     near = []
     for shift in np.linspace(-0.012, 0.012, 7) * size:
@@ -697,30 +726,31 @@ def _lids(
         # The lower lid slides up: its skin stretches.
         stretch = 0.05 * size
         t = (rows - rise_y) / np.maximum(lower + stretch - rise_y, 1e-3)
-        from_y = np.where((t > 0) & (t < 1), lower + t * stretch, rows)
-        picture = cv2.remap(
-            source,
-            np.broadcast_to(columns, from_y.shape).astype(np.float32),
-            from_y.astype(np.float32),
-            cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REPLICATE,
-        ).astype(np.float64)
+        slid = _pull(source, across, np.where(t < 1, lower + t.clip(0, 1) * stretch, rows))
+        low_lid = np.clip(rows - rise_y + 0.5, 0, 1)[..., None]
+        picture = source * (1 - low_lid) + slid * low_lid
         # The lid's shadow falls on the eyeball.
         under = np.clip((rows - edge_y) / (0.035 * size), 0, 1)
         eyeball = (rows > edge_y - 1) & (rows < rise_y + 1) & (place > 0) & (place < 1)
         shade = np.where(eyeball, 1 - 0.40 * close**0.5 * (1 - under) ** 2, 1.0)
         picture *= shade[..., None]
-        # The lid.
+        # The lid: the skin above the eye, unfolded.
         span = np.maximum(edge_y - lid_top, 1.0)
-        depth = (rows - lid_top) / span
-        light = 0.93 + 0.09 * np.sin(np.pi * np.clip(depth, 0, 1) ** 0.9) - 0.05 * depth.clip(0, 1)
-        light -= 0.10 * np.abs(2 * place - 1) ** 2.5
-        fold = np.exp(-(((rows - lid_top) / (0.010 * size)) ** 2)) * 0.10 * close
-        lid = skin[None] * (light - fold)[..., None]
-        cover = smoothstep((rows - lid_top) / np.maximum(0.55 * (upper - lid_top), 1.0) + 0.5)
-        cover = cover * np.clip(edge_y - rows + 0.5, 0, 1)
-        cover = cover * smoothstep(np.minimum(place, 1 - place) * 14 + 0.5)
-        cover = cover * smoothstep(close * 4)
+        depth = ((rows - lid_top) / span).clip(0, 1)
+        lid = _pull(clean, across, lid_top + depth * (foot - lid_top))
+        light = 1 + close * (0.05 * np.sin(np.pi * depth) - 0.05 * depth)
+        light -= close * 0.07 * np.abs(2 * place.clip(0, 1) - 1) ** 2.5
+        light -= close * 0.10 * np.exp(-(((rows - lid_top) / (0.011 * size)) ** 2))
+        lid = lid * light[..., None]
+        ends = smoothstep(np.minimum(place, 1 - place) * 12 + 0.5)
+        swift = smoothstep(close * 3)
+        cover = np.clip(edge_y - rows + 0.5, 0, 1) * ends * swift
+        # Lashes that stood up are gone from where they stood.
+        tall = smoothstep((rows - upper + 1.25 * long) / (0.25 * long))
+        cover = cover * np.maximum(tall * smoothstep((rows - brow_y) / 8), rows > lid_top)
+        spread = smoothstep(np.minimum(place + 0.14, 1.14 - place) / 0.12) * tall
+        beside = np.clip(upper - rows + 0.5, 0, 1) * spread * swift
+        cover = np.maximum(cover, beside * smoothstep((rows - brow_y) / 8))
         # Lashes: the dark line that the moving edge carries.
         thick = 0.013 * size * taper
         off = rows - edge_y
@@ -728,6 +758,12 @@ def _lids(
         line = line * smoothstep(np.minimum(place, 1 - place) * 16 + 0.4) * smoothstep(close * 4)
         picture = picture * (1 - cover[..., None]) + lid * cover[..., None]
         amount = 0.88 * line[..., None]
+        # And the lashes themselves, which turn from pointing up to pointing down.
+        turned = 1 - 1.75 * close
+        height = (edge_y - rows) / (turned if abs(turned) > 0.12 else math.copysign(0.12, turned))
+        dark = _pull(lashes, across, height.clip(-1, len(heights) - 1))
+        dark = dark * (smoothstep(height + 0.5) * swift)[..., None]
+        picture = np.maximum(picture - dark, np.minimum(picture, lash))
         picture = picture * (1 - amount) + lash * amount
         border = _window(_nodes((0, 0, box_w * 2, box_h * 2), 1), (0, 0, box_w * 2, box_h * 2), 8)
         luma, chroma = luma_chroma(picture)
@@ -740,6 +776,20 @@ def _lids(
         )
         chromas.append(np.clip(np.rint(chroma0 + change), 16, 240))
     return box, np.stack(lumas).astype(np.uint8), np.stack(chromas).astype(np.uint8)
+
+
+def _pull(picture: npt.NDArray[Any], x: Any, y: Any) -> npt.NDArray[Any]:
+    """`picture` sampled at (x, y)."""
+    return cast(
+        "npt.NDArray[Any]",
+        cv2.remap(
+            picture.astype(np.float32),
+            np.ascontiguousarray(x, np.float32),
+            np.ascontiguousarray(y, np.float32),
+            cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_REPLICATE,
+        ),
+    ).astype(np.float64)
 
 
 def _eye_planes(image: UInt8, box: tuple[int, int, int, int]) -> tuple[Float32, Float32]:
@@ -828,7 +878,7 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
         for at in marks_at:
             for side in {at, -at}:
                 notch = np.maximum(notch, np.exp(-(((along - side) / 0.028) ** 2)))
-        tip = edge - sign * 0.006 * notch
+        tip = edge - sign * 0.0035 * notch
         inwards = sign * (tip - y)
         alpha = np.clip(inwards / soft + 0.5, 0, 1) * smoothstep((1 - np.abs(along)) / 0.20)
         depth = np.clip(1 - inwards / root, 0, 1)
