@@ -28,9 +28,9 @@ from ..media import Float32, UInt8
 
 Float64: TypeAlias = npt.NDArray[np.float64]
 
-MOUTH = ("jaw", "width", "round", "press", "tuck", "teeth", "tongue", "shut")
-"""The mouth's motions. `shut` closes lips that the portrait shows apart; the rest is named as in
-`articulation.PARAMETERS`."""
+MOUTH = ("jaw", "width", "round", "press", "tuck", "teeth", "tongue", "shut", "oval")
+"""The mouth's motions. `shut` closes lips that the portrait shows apart, `oval` is what rounding
+does to an opening; the rest is named as in `articulation.PARAMETERS`."""
 
 HEAD = ("yaw", "pitch", "roll", "sway", "lift", "brow")
 """The head's motions: radians, radians, radians, face units, face units, 0 to 1."""
@@ -440,6 +440,7 @@ def _lip_motion(x: float, half: float, *, lower: bool, outer: bool, thick: float
         out["tuck"] = (0.0, (-0.026 if outer else -0.004) * middle)
         out["teeth"] = (0.012 * t, 0.034 * middle if outer else 0.040 * middle**1.1)
         out["tongue"] = (0.0, 0.016 * middle)
+        out["oval"] = (0.0, 0.010 * middle if outer else 0.014 * middle**0.6)
     else:
         out["jaw"] = (-0.036 * t, JAW * 0.14 * corner - (0.014 if outer else 0.020) * middle)
         out["width"] = (0.052 * t, -0.016 * corner + (0.008 * middle if outer else 0.0))
@@ -448,6 +449,7 @@ def _lip_motion(x: float, half: float, *, lower: bool, outer: bool, thick: float
         out["tuck"] = (0.0, (-0.018 if outer else -0.028) * middle**1.1)
         out["teeth"] = (0.012 * t, (-0.012 if outer else -0.018) * middle**1.1)
         out["tongue"] = (0.0, -0.004 * middle)
+        out["oval"] = (0.0, -0.014 * middle if outer else -0.024 * middle**0.6)
     return np.asarray([out[name] for name in MOUTH])
 
 
@@ -686,7 +688,7 @@ def _lids(
 
     # The skin around the eye without lashes: a closing takes away what is dark and thin.
     brow_y = float((curve(brow, 50)[:, 1].max() - y0) * 2)
-    wide, high = (max(3, round(share * size)) | 1 for share in (0.11, 0.016))
+    wide, high = (max(3, round(share * size)) | 1 for share in (0.15, 0.016))
     kernel = cv2.getStructuringElement(cv2.MORPH_RECT, (wide, high))
     clean = cv2.morphologyEx(source, cv2.MORPH_CLOSE, kernel, borderType=cv2.BORDER_REPLICATE)
     clean = cv2.GaussianBlur(clean, (0, 0), 0.03 * size, sigmaY=0.006 * size)
@@ -716,9 +718,11 @@ def _lids(
     lash = strip[np.argsort(strip.sum(-1))[: max(1, len(strip) // 12)]].mean(0).astype(np.float64)
 
     shut = upper + 0.86 * (lower - upper)
-    lid_top = upper - np.maximum(0.40 * (lower - upper), 0.02 * size) * (0.4 + 0.6 * taper)
+    arch = np.sin(np.pi * place.clip(0, 1)) ** 0.7
+    lid_top = upper - (0.40 * (lower - upper) + 0.03 * size) * arch
     luma0, chroma0 = _eye_planes(image, box)
     lumas, chromas = [], []
+    ends = smoothstep(np.minimum(place, 1 - place) * 12 + 0.5)
     for step in range(1, BLINKS + 1):
         close = step / BLINKS
         edge_y = upper + close * (shut - upper)
@@ -739,16 +743,15 @@ def _lids(
         depth = ((rows - lid_top) / span).clip(0, 1)
         lid = _pull(clean, across, lid_top + depth * (foot - lid_top))
         light = 1 + close * (0.05 * np.sin(np.pi * depth) - 0.05 * depth)
-        light -= close * 0.07 * np.abs(2 * place.clip(0, 1) - 1) ** 2.5
-        light -= close * 0.10 * np.exp(-(((rows - lid_top) / (0.011 * size)) ** 2))
+        light -= close * 0.03 * np.abs(2 * place.clip(0, 1) - 1) ** 2.5
+        light -= close * 0.05 * np.exp(-(((rows - lid_top) / (0.014 * size)) ** 2)) * ends
         lid = lid * light[..., None]
-        ends = smoothstep(np.minimum(place, 1 - place) * 12 + 0.5)
         swift = smoothstep(close * 3)
         cover = np.clip(edge_y - rows + 0.5, 0, 1) * ends * swift
         # Lashes that stood up are gone from where they stood.
         tall = smoothstep((rows - upper + 1.25 * long) / (0.25 * long))
         cover = cover * np.maximum(tall * smoothstep((rows - brow_y) / 8), rows > lid_top)
-        spread = smoothstep(np.minimum(place + 0.14, 1.14 - place) / 0.12) * tall
+        spread = smoothstep(np.minimum(place + 0.24, 1.24 - place) / 0.20) * tall
         beside = np.clip(upper - rows + 0.5, 0, 1) * spread * swift
         cover = np.maximum(cover, beside * smoothstep((rows - brow_y) / 8))
         # Lashes: the dark line that the moving edge carries.
@@ -828,12 +831,10 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
     cheek = (marks.left_eye.lower.mean(0) + marks.outer_lips[0]) / 2
     patch = 0.08 * unit * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     skin = _colour(bgr, cheek + patch, 50)
-    warm = np.array([0.90, 0.985, 1.0])  # blue, green, red
-    tooth = whites * 0.55 + np.full(3, whites.mean()) * 0.45
-    tooth = tooth * warm * 0.97
-    limit = 1.06 * skin.max()
-    tooth = tooth * min(1.0, limit / tooth.max())
-    tooth = np.maximum(tooth, skin * 0.78)
+    # As bright as the whites of the eyes, within what the light on the skin allows; a warm white.
+    bright = float(np.clip(whites.mean(), 0.90 * skin.mean() + 8, 1.25 * skin.mean() + 8))
+    tint = 0.35 * whites / whites.mean() + 0.65 * np.array([0.905, 1.005, 1.09])
+    tooth = np.minimum(bright * tint, 246.0)
 
     scale = 2.0 * unit  # twice the picture's resolution
     left, top, wide, high = INNER
@@ -956,6 +957,7 @@ def mouth_weights(mouth: Float32) -> Float32:
             teeth * opening * (1.0 - 0.7 * tuck),
             tongue * opening,
             closing,
+            rounded * min(1.0, 2.5 * jaw) * opening,
         ],
         np.float32,
     )
@@ -1208,12 +1210,15 @@ class Puppet:
             cover = top[..., 3:] * np.float32(strength / 255)
             paint[:] += (top[..., :3] - paint) * cover
 
-        over(1, 0.80 * jaw + 0.035 * (1 - raised) * min(1.0, jaw / 0.06) - 0.045 * raised)
+        over(1, 0.62 * jaw + 0.018 * (1 - raised) * min(1.0, jaw / 0.06) - 0.040 * raised)
         over(2, jaw)
-        front = float(smoothstep((raised - 0.35) / 0.5))
-        if front > 0:
-            over(1, 0.55 * jaw + 0.004 - 0.020 * raised, front)
-        over(3, 0.0)
+        shows, rounds, tucks = (float(weights[MOUTH.index(n)]) for n in ("teeth", "round", "tuck"))
+        # Rounded lips stand out in front of the teeth.
+        over(3, -0.011 * (1 - shows) * (1 - tucks) - 0.022 * rounds)
+        tip = float(smoothstep((raised - 0.45) / 0.3))
+        if tip > 0:
+            # Between the teeth, as for English "th".
+            over(1, 0.5 * jaw - 0.004, tip)
 
         # Light falls in from the front: less under the upper lip, at the corners, in a narrow gap.
         columns = np.arange(x0, x1, dtype=np.float64)
@@ -1225,7 +1230,8 @@ class Puppet:
         light = 0.50 + 0.50 * smoothstep((rows - top) / (0.050 * unit) + 0.12)
         light = light * (0.80 + 0.20 * smoothstep((bottom - rows) / (0.030 * unit) + 0.2))
         light = light * (1 - 0.50 * np.abs(across) ** 3)
-        light = light * (0.62 + 0.38 * float(smoothstep(gap / (0.085 * unit))))
+        wide = float(smoothstep(gap / (0.085 * unit)))
+        light = light * min(1.0, 0.64 + 0.36 * wide + 0.3 * tucks) * (1 - 0.25 * rounds)
         light = light.astype(np.float32)
         paint[..., 0] = (paint[..., 0] - 16) * light + 16
         # Shade takes colour with it, though less.
