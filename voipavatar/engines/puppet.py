@@ -708,7 +708,16 @@ def _lids(
         0,
     )
     fade = smoothstep((long - heights) / (0.3 * long)) * smoothstep((edge_at - brow_y) / 6)
+    lashes = lashes.mean(-1, keepdims=True).repeat(3, -1)
     lashes = np.where(lashes > 10, lashes, 0) * fade[..., None]
+    # Where they stand, and the skin just above them.
+    thin = np.maximum(clean - source, 0).max(-1) * (rows < upper + 1) * (rows > upper - 1.2 * long)
+    stand = cv2.dilate((thin > 12).astype(np.float32), np.ones((5, 5), np.uint8))
+    stand = cv2.GaussianBlur(stand, (0, 0), 2.0).astype(np.float64)
+    stand = stand * smoothstep((rows - brow_y) / 8)
+    over = np.maximum(upper - 1.1 * long, np.minimum(brow_y + 8, foot))
+    skin = _pull(clean, columns[None], over[None])
+    skin = cv2.GaussianBlur(skin, (0, 0), 0.04 * size, borderType=cv2.BORDER_REPLICATE)
     # Lashes: the darkest of the lid's own edge.
     near = []
     for shift in np.linspace(-0.012, 0.012, 7) * size:
@@ -742,18 +751,16 @@ def _lids(
         span = np.maximum(edge_y - lid_top, 1.0)
         depth = ((rows - lid_top) / span).clip(0, 1)
         lid = _pull(clean, across, lid_top + depth * (foot - lid_top))
+        lid += (skin - lid) * 0.75
         light = 1 + close * (0.05 * np.sin(np.pi * depth) - 0.05 * depth)
         light -= close * 0.03 * np.abs(2 * place.clip(0, 1) - 1) ** 2.5
-        light -= close * 0.05 * np.exp(-(((rows - lid_top) / (0.014 * size)) ** 2)) * ends
+        light -= close * 0.05 * np.exp(-(((rows - lid_top) / (0.014 * size)) ** 2)) * arch
         lid = lid * light[..., None]
         swift = smoothstep(close * 3)
         cover = np.clip(edge_y - rows + 0.5, 0, 1) * ends * swift
+        cover = cover * smoothstep((rows - lid_top) / (0.35 * (upper - lid_top) + 2))
         # Lashes that stood up are gone from where they stood.
-        tall = smoothstep((rows - upper + 1.25 * long) / (0.25 * long))
-        cover = cover * np.maximum(tall * smoothstep((rows - brow_y) / 8), rows > lid_top)
-        spread = smoothstep(np.minimum(place + 0.24, 1.24 - place) / 0.20) * tall
-        beside = np.clip(upper - rows + 0.5, 0, 1) * spread * swift
-        cover = np.maximum(cover, beside * smoothstep((rows - brow_y) / 8))
+        cover = np.maximum(cover, stand * swift)
         # Lashes: the dark line that the moving edge carries.
         thick = 0.013 * size * taper
         off = rows - edge_y
