@@ -351,9 +351,7 @@ def build(bgr: UInt8, marks: Landmarks, motion: float) -> Rig:
     """
     height, width = bgr.shape[:2]
     _check_face(marks, width, height)
-    marks = replace(
-        marks, inner_lips=_even(marks.inner_lips), outer_lips=_even(marks.outer_lips)
-    )
+    marks = replace(marks, inner_lips=_even(marks.inner_lips), outer_lips=_even(marks.outer_lips))
     frame = _mouth_frame(marks)
     mouth_box, mouth, ring_motion = _mouth_fields(marks, frame, width, height)
     region, head = _head_fields(marks, frame, mouth_box, width, height, motion)
