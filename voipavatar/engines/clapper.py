@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, EngineError
 from ..media import Cue, Float32, UInt8, check_fps, i420
 from . import Avatar, EngineInfo, Job, Progress, Spec
 
@@ -77,24 +77,35 @@ class ClapperSession:
 
 
 class ClapperEngine:
-    """Needs no portrait; `prepare` only checks the size."""
+    """Needs no portrait; `prepare` only checks the options."""
 
     info = EngineInfo("clapper", 1, can=("idle",))
+
+    def __init__(self) -> None:
+        self._closed = False
 
     def prepare(
         self, source: Path, target: Path, options: dict[str, Any], progress: Progress
     ) -> Avatar:
-        unknown = set(options) - {"width", "height", "fps", "landmarks"}
-        if unknown:
-            raise ConfigError(f"the clapper engine has no option {', '.join(sorted(unknown))}")
-        check_fps(int(options.get("fps", 25)))
-        width, height = int(options.get("width", 1280)), int(options.get("height", 720))
-        if width % 2 or height % 2 or width < 64 or height < 64:
-            raise ConfigError(f"a picture of {width}x{height} can't be made: use even sizes >= 64")
+        told = {"width": 1280, "height": 720, "fps": 25}
+        for key, value in options.items():
+            if key == "landmarks":
+                continue  # a persona with a face may clap too
+            if key not in told:
+                raise ConfigError(f"the clapper engine has no option {key}")
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"engine option {key} must be a whole number, not {value!r}")
+            told[key] = value
+        check_fps(told["fps"])
+        for key in ("width", "height"):
+            if told[key] % 2 or not 64 <= told[key] <= 4096:
+                raise ConfigError(f"engine option {key} must be even, 64 to 4096, not {told[key]}")
         progress("ready", 1.0)
-        return Avatar(target, width, height, dict(options))
+        return Avatar(target, told["width"], told["height"], dict(told))
 
     def open(self, avatar: Avatar) -> ClapperSession:
+        if self._closed:
+            raise EngineError("the clapper engine is closed")
         fps = int(avatar.options.get("fps", 25))
         return ClapperSession(Spec(avatar.width, avatar.height, fps, ease=1))
 
@@ -102,7 +113,7 @@ class ClapperEngine:
         return [self._draw(job) for job in jobs]
 
     def close(self) -> None:
-        """Nothing is held."""
+        self._closed = True
 
     def _draw(self, job: Job) -> UInt8:
         spec = job.session.spec
