@@ -1,7 +1,7 @@
 // The page: one session, its room, its events, and the conversation.
 
 import { ask, events, Gone, picture, Refused, setToken } from "./api.js";
-import { Call, FrameCounter, Meter } from "./call.js";
+import { Call, FrameCounter, loadLibrary, Meter } from "./call.js";
 import { Microphone } from "./mic.js";
 
 const $ = (id) => document.getElementById(id);
@@ -12,7 +12,7 @@ const WORDS_SHOWN = 14;
 
 const LABELS = {
   connecting: "Connecting",
-  loading: "Fetching the video library, this once",
+  loading: "Loading",
   waking: "Waiting for the picture",
   ready: "Ready",
   preparing: "Preparing",
@@ -54,9 +54,11 @@ function setTrouble(what) {
 }
 
 /** Lay a message over the picture; no title takes it away. */
-function notice(title, text = "", { retry = false, unlock = false } = {}) {
+function notice(title, text = "", { retry = false, unlock = false, left = null } = {}) {
   $("notice").hidden = !title;
   if (!title) return;
+  clearCaptions();
+  $("notice-count").textContent = left === null ? "" : `Trying again in ${left} s`;
   if ($("notice-title").textContent !== title) $("notice-title").textContent = title;
   if ($("notice-text").textContent !== text) $("notice-text").textContent = text;
   $("retry").hidden = !retry;
@@ -158,7 +160,7 @@ async function explain(error, attempt) {
   } else if (error instanceof Refused && error.status === 503) {
     setTrouble("full");
     await pause(error.after ?? backOff(attempt), (left) =>
-      notice("Not just now", `${sentence(error.message)} Trying again in ${left} s.`, { retry: true })
+      notice("Not just now", sentence(error.message), { retry: true, left })
     );
   } else if (error instanceof Refused) {
     setTrouble("failed");
@@ -173,10 +175,7 @@ async function gone(attempt, signal) {
   setTrouble("gone");
   await pause(
     backOff(attempt),
-    (left) =>
-      notice("The server is out of reach", `This page comes back by itself. Trying again in ${left} s.`, {
-        retry: true,
-      }),
+    (left) => notice("The server is out of reach", "This page comes back by itself.", { retry: true, left }),
     signal
   );
 }
@@ -210,12 +209,29 @@ async function keepEvents(signal) {
   }
 }
 
+/** LiveKit's client; the first time on this machine the server has to fetch it, which is told. */
+async function library(signal) {
+  if (window.LivekitClient) return;
+  if (trouble === "connecting") setTrouble("loading");
+  const slow = setTimeout(() => {
+    if (trouble === "loading" && !signal.aborted) {
+      notice("Fetching LiveKit's browser library", "Only this once: it is kept on the server afterwards.");
+    }
+  }, 2_000);
+  try {
+    await loadLibrary();
+    if (trouble === "loading") notice(null);
+  } finally {
+    clearTimeout(slow);
+  }
+}
+
 /** Be in the room until the session is over, coming back when it breaks. */
 async function keepRoom(signal) {
   let ticket = session;
   for (let attempt = 0; !signal.aborted; attempt++) {
     try {
-      if (!window.LivekitClient && trouble === "connecting") setTrouble("loading");
+      await library(signal);
       const began = performance.now();
       if (attempt > 0) ticket = await ask("POST", `/sessions/${ticket.id}/ticket`);
       if (await call.attend(ticket, signal)) return;
@@ -270,15 +286,15 @@ const call = new Call(video, {
 const frames = new FrameCounter(video);
 const meter = new Meter();
 
-function live_picture() {
+function pictureIsLive() {
   if (video.videoWidth === 0) return;
   video.classList.add("live");
   $("screen").style.aspectRatio = `${video.videoWidth} / ${video.videoHeight}`;
   if (["connecting", "loading", "reconnecting"].includes(trouble)) trouble = null;
   show();
 }
-video.addEventListener("playing", live_picture);
-video.addEventListener("resize", live_picture);
+video.addEventListener("playing", pictureIsLive);
+video.addEventListener("resize", pictureIsLive);
 
 async function poster() {
   const persona = personas.find((one) => one.name === $("persona").value);
@@ -286,6 +302,7 @@ async function poster() {
   if (!persona || image.dataset.of === persona.name) return;
   image.dataset.of = persona.name;
   $("who").textContent = persona.title;
+  $("about").textContent = persona.description;
   document.title = `${persona.title} · voipavatar`;
   $("screen").style.aspectRatio = `${persona.width} / ${persona.height}`;
   const source = persona.portrait ? await picture(persona.portrait) : null;
@@ -463,6 +480,7 @@ function spoken(event, at) {
   } else if (event.type === "finished") {
     const failed = event.error && event.heard === 0;
     mark(one, failed ? "failed" : event.interrupted ? "interrupted" : "said", event.error ?? "");
+    if (event.interrupted && event.heard === 0) one.chip.textContent = "not said";
     lines.delete(event.utterance);
     setTimeout(() => closeCaptions(event.utterance), event.interrupted ? 0 : delay + 900);
   }
