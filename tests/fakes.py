@@ -71,7 +71,7 @@ class FakeUtterance:
             await asyncio.sleep(0.01)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Subscriber:
     queue: asyncio.Queue[dict[str, Any]] = field(default_factory=lambda: asyncio.Queue(256))
 

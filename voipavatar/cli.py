@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import importlib
 import json
 import logging
 import os
@@ -250,7 +249,7 @@ def render(
     if voice is not None and text is None:
         raise click.UsageError("--voice goes with --text.")
     if text == "-":
-        text = click.get_text_stream("stdin").read(settings.max_text + 1)
+        text = sys.stdin.read(settings.max_text + 1)
     who = load_persona(persona, settings)
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"the folder {out.absolute().parent} is not there: make it first")
@@ -406,9 +405,9 @@ def bench_engine(settings: Settings, persona: str, seconds: float, as_json: bool
 
 
 def _bench(name: str, settings: Settings, as_json: bool, **options: Any) -> int:
-    """`voipavatar.bench` has a coroutine of each name, which gives what it measured."""
-    module = importlib.import_module("voipavatar.bench")
-    measure: Callable[..., Coroutine[Any, Any, Mapping[str, Any]]] = getattr(module, name)
+    from . import bench as measures
+
+    measure: Callable[..., Coroutine[Any, Any, Mapping[str, Any]]] = getattr(measures, name)
 
     async def measuring() -> Mapping[str, Any]:
         with _steps() as tell:

@@ -258,13 +258,11 @@ class RoomSink:
         room.on("reconnected", lambda: self._tell("connected"))
         self.room = room
         try:
-            await asyncio.wait_for(
-                room.connect(
-                    options.url,
-                    options.make_token(),
-                    rtc.RoomOptions(auto_subscribe=False, connect_timeout=options.timeout),
-                ),
-                options.timeout,
+            await connect(
+                room,
+                options.url,
+                options.make_token(),
+                rtc.RoomOptions(auto_subscribe=False, connect_timeout=options.timeout),
             )
             await asyncio.wait_for(self._publish(room), options.timeout)
         except (rtc.ConnectError, asyncio.TimeoutError) as error:
@@ -340,6 +338,22 @@ class RoomSink:
     def _tell(self, state: str) -> None:
         if self._on_state is not None and not self._closing:
             self._on_state(state)
+
+
+async def connect(room: rtc.Room, url: str, token: str, options: rtc.RoomOptions) -> None:
+    """`room.connect` that can be cancelled.
+
+    The native library ends the process when a connect is given up between its answer and the
+    client's "ready" for it, so the connect is let go on to its own end and then undone.
+    """
+    work = asyncio.ensure_future(room.connect(url, token, options))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work], timeout=(options.connect_timeout or 10.0) + 5.0)
+        if work.done() and not work.cancelled() and work.exception() is None:
+            await room.disconnect()
+        raise
 
 
 def _reason(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from livekit import api, rtc
 from .engines.clapper import read_clapper
 from .errors import TransportError
 from .media import FRAME_RATE, Int16, UInt8
+from .room import connect
 
 KEPT = 120.0
 """Seconds of sound that a viewer keeps."""
@@ -75,9 +76,8 @@ class Viewer:
     async def __aenter__(self) -> Viewer:
         self.room.on("track_subscribed", self._subscribed)
         try:
-            await asyncio.wait_for(
-                self.room.connect(self._url, self._token, rtc.RoomOptions(auto_subscribe=True)), 15
-            )
+            options = rtc.RoomOptions(auto_subscribe=True, connect_timeout=15.0)
+            await connect(self.room, self._url, self._token, options)
         except (rtc.ConnectError, asyncio.TimeoutError) as error:
             raise TransportError(f"the viewer can't join {self._url}: {error}") from None
         self.joined = time.monotonic()
