@@ -30,7 +30,7 @@ def face(
     unit = unit if unit is not None else height * 0.22
     cx, cy = centre if centre is not None else (width / 2, height * 0.47)
     marks = _marks(cx, cy, unit, gap)
-    fine = 3
+    fine = 2
     y, x = np.mgrid[0 : height * fine, 0 : width * fine].astype(np.float32) / fine
     canvas = np.empty((height * fine, width * fine, 3), np.float32)
     fade = y / height
@@ -128,7 +128,7 @@ def _marks(cx: float, cy: float, unit: float, gap: float) -> dict[str, Any]:
     inner_x = np.concatenate([t * half, t[9:0:-1] * half])
     outer = at(outer_x, np.concatenate([upper_rim - part, (lower_rim + part)[9:0:-1]]))
     inner = at(inner_x, np.concatenate([seam - part, (seam + part)[9:0:-1]]))
-    eyes = {}
+    eyes: dict[str, Any] = {}
     for side, ex in (("left", -0.34), ("right", 0.34)):
         u = np.linspace(-1, 1, 9)
         eyes[f"{side}_eye"] = {

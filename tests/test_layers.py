@@ -32,6 +32,7 @@ LAYERS = {
     "engines": 3,
     "engines.runtimes": 3,
     "engines.articulation": 3,
+    "engines.rig": 2,
     "engines.puppet": 3,
     "engines.clapper": 4,
     "engines.viseme": 4,
