@@ -331,10 +331,10 @@ class Puppet:
         light = light * (1 - 0.50 * np.abs(across) ** 3)
         wide = float(smoothstep(gap / (0.085 * unit)))
         light = light * min(1.0, 0.64 + 0.36 * wide + 0.3 * tucks) * (1 - 0.25 * rounds)
-        light = np.asarray(light, np.float32)
-        paint[..., 0] = (paint[..., 0] - 16) * light + 16
+        shade = np.asarray(light, np.float32)
+        paint[..., 0] = (paint[..., 0] - 16) * shade + 16
         # Shade takes colour with it, though less.
-        fade = (0.35 + 0.65 * light)[..., None]
+        fade = (0.35 + 0.65 * shade)[..., None]
         paint[..., 1:] = (paint[..., 1:] - 128) * fade + 128
 
         at_y, at_x = y0 - region_y, x0 - region_x
