@@ -342,7 +342,7 @@ class Puppet:
         # Colour counts as much as the opening covers.
         small = _resized(alpha, width // 2, height // 2, cv2.INTER_AREA)
         tint = _resized(paint[..., 1:] * alpha[..., None], width // 2, height // 2, cv2.INTER_AREA)
-        tint = tint / np.maximum(small, 1e-3)[..., None]
+        tint = np.asarray(tint / np.maximum(small, 1e-3)[..., None], np.float32)
         down_y, down_x = at_y // 2, at_x // 2
         view = chroma[down_y : down_y + height // 2, down_x : down_x + width // 2]
         _blend(view, tint, small[..., None])
