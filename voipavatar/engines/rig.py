@@ -517,6 +517,7 @@ def _mouth_fields(
                 place(lower, np.array([side * reach, nose[2, 1]]), still)
         # The jaw turns about the ears: the nearer the chin, the further it drops.
         ear, chin = (jaw[0, 1] + jaw[-1, 1]) / 2, jaw[len(jaw) // 2, 1]
+        centre = np.array([jaw[len(jaw) // 2, 0], (ear + chin) / 2 - 0.1])
         for point in jaw:
             share = float(np.clip((point[1] - ear) / (chin - ear), 0, 1))
             value = np.zeros((len(MOUTH), 2))
@@ -524,19 +525,24 @@ def _mouth_fields(
             value[MOUTH.index("tuck")] = (0.0, -0.008 * share**3)
             value[MOUTH.index("press")] = (0.0, -0.008 * share**3)
             place(lower, point, value)
+            away = (point - centre) / np.linalg.norm(point - centre)
+            if abs(away[0]) > 0.45:
+                # Hair, collar and background beside the face stay.
+                place(lower, point + 0.13 * away, 0.22 * value)
+                place(lower, point + 0.26 * away, still)
         # The throat folds up under the chin.
-        for x in (-0.3, 0.0, 0.3):
-            for reach, share in ((0.22, 0.36), (0.42, 0.10), (0.62, 0.0)):
+        for x in (-0.3, -0.15, 0.0, 0.15, 0.3):
+            for reach, share in ((0.17, 0.30), (0.31, 0.07), (0.46, 0.0)):
                 value = np.zeros((len(MOUTH), 2))
-                value[MOUTH.index("jaw")] = (0.0, JAW * share * (1.0 if x == 0 else 0.8))
+                value[MOUTH.index("jaw")] = (0.0, JAW * share * (1 - 1.6 * abs(x)))
                 place(lower, np.array([jaw[len(jaw) // 2, 0] + x, chin + reach]), value)
 
     low, high = marks.jaw.min(0), marks.jaw.max(0)
     box = _box(
-        low[0] - 0.06 * unit,
+        low[0] - 0.16 * unit,
         float(marks.nose[1, 1]) - 0.06 * unit,
-        high[0] + 0.06 * unit,
-        high[1] + 0.60 * unit,
+        high[0] + 0.16 * unit,
+        high[1] + 0.56 * unit,
         width,
         height,
     )
