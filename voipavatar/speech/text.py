@@ -48,21 +48,23 @@ def clean(text: str, limit: int = LIMIT) -> str:
             f"the text has {len(text):,} characters, and {limit:,} is the most that is said in "
             "one go: send it in parts, or raise VOIPAVATAR_MAX_TEXT"
         )
-    text = unicodedata.normalize("NFC", text)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text.replace("\u2028", "\n").replace("\u2029", "\n")
-    text = _EMOJI.sub(" ", text)
+    for line in ("\r\n", "\r", "\u2028", "\u2029"):
+        text = text.replace(line, "\n")
+    return _LINES.sub("\n", _SPACES.sub(" ", scrub(text))).strip()
+
+
+def scrub(text: str) -> str:
+    """The text without control and format characters, emoji, unassigned and private ones."""
     kept = []
-    for char in text:
+    for char in _EMOJI.sub(" ", unicodedata.normalize("NFC", text)):
         kind = unicodedata.category(char)
         if char == "\n" or char in _JOINERS:
             kept.append(char)
-        elif char == "\t" or kind in ("Zs", "Zl", "Zp"):
+        elif char == "\t" or kind == "Zs":
             kept.append(" ")
         elif kind not in ("Cc", "Cf", "Cs", "Co", "Cn"):
             kept.append(char)
-    text = _SPACES.sub(" ", "".join(kept))
-    return _LINES.sub("\n", text).strip()
+    return "".join(kept)
 
 
 def speakable(text: str) -> bool:
@@ -96,29 +98,53 @@ def shared(texts: Sequence[str], start: float, end: float) -> list[tuple[float, 
 
 
 def split(text: str, longest: int = LONGEST) -> list[str]:
-    """Cut a cleaned text into pieces to be synthesised one after another.
+    """The pieces of a cleaned text that have a sound. See `cuts`."""
+    found = (text[start:end] for start, end, _ in cuts(text, longest))
+    return [piece for piece in found if speakable(piece)]
 
-    A piece is a sentence; long ones are cut at clauses, then between words, then anywhere.
-    Speechless pieces are dropped. Nothing else is lost: the words of the pieces are the words of
-    the text, in order.
+
+def cuts(
+    text: str, longest: int = LONGEST, protected: Sequence[tuple[int, int]] = ()
+) -> list[tuple[int, int, bool]]:
+    """Where to cut a cleaned text into pieces that are synthesised one after another.
+
+    A piece is a sentence; long ones are cut at clauses, then between words, then anywhere, but
+    never inside a `protected` span. Each piece is [start, end) and whether a sentence ends there.
+    Only white space is between pieces.
     """
-    pieces: list[str] = []
+    sentences: list[tuple[int, int]] = []
     start = 0
     for match in _END.finditer(text):
         if match.start() < start or not _ends(text, start, match):
             continue
-        pieces.append(text[start : match.end()])
+        if any(low < match.end() <= high and match.end() < high for low, high in protected):
+            continue
+        sentences.append((start, match.end()))
         start = match.end()
-    pieces.append(text[start:])
-    cut: list[str] = []
-    for piece in pieces:
-        piece = piece.strip()
-        while len(piece) > longest:
-            at = _cut(piece, longest)
-            cut.append(piece[:at].strip())
-            piece = piece[at:].strip()
-        cut.append(piece)
-    return [piece for piece in cut if speakable(piece)]
+    sentences.append((start, len(text)))
+    pieces: list[tuple[int, int, bool]] = []
+    for low, high in sentences:
+        while True:
+            while low < high and text[low].isspace():
+                low += 1
+            while low < high and text[high - 1].isspace():
+                high -= 1
+            if high - low <= longest:
+                break
+            at = low + _cut(text[low:high], longest)
+            for span in protected:
+                if span[0] < at < span[1]:
+                    at = span[0] if span[0] > low else span[1]
+            if at >= high:
+                break
+            end = at
+            while end > low and text[end - 1].isspace():
+                end -= 1
+            pieces.append((low, end, False))
+            low = at
+        if low < high:
+            pieces.append((low, high, True))
+    return pieces
 
 
 def _ends(text: str, start: int, match: re.Match[str]) -> bool:
