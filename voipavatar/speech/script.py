@@ -397,7 +397,7 @@ class _Reader:
 
     def _text(self, text: str) -> None:
         # White space in XML is layout; `p` and `s` end sentences.
-        text = scrub(re.sub(r"\s+", " ", text))
+        text = re.sub(r"\s+", " ", scrub(text))
         run = self._run
         run.text += text.lstrip(" ") if run.text.endswith((" ", "\n")) else text
 

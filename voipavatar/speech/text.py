@@ -16,8 +16,9 @@ LONGEST = 280
 
 # Pictographs, dingbats, flags, keycaps, skin tones, tags. Voices read their names aloud, or choke.
 _EMOJI = re.compile(
-    "[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\ufe00-\ufe0f\u20e3\U000e0000-\U000e007f]+"
+    "(?:[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\U000e0000-\U000e007f]+\u200d*)+"
 )
+_VARIANTS = re.compile("[\ufe00-\ufe0f\u20e3]")  # of a character before: "5" as a key cap
 _SPACES = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r" ?\n[ \n]*")
 _ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff"  # Japanese, Chinese, Thai, Lao
@@ -56,7 +57,8 @@ def clean(text: str, limit: int = LIMIT) -> str:
 def scrub(text: str) -> str:
     """The text without control and format characters, emoji, unassigned and private ones."""
     kept = []
-    for char in _EMOJI.sub(" ", unicodedata.normalize("NFC", text)):
+    text = _VARIANTS.sub("", unicodedata.normalize("NFC", text))
+    for char in _EMOJI.sub(" ", text):
         kind = unicodedata.category(char)
         if char == "\n" or char in _JOINERS:
             kept.append(char)
@@ -90,7 +92,7 @@ def shared(texts: Sequence[str], start: float, end: float) -> list[tuple[float, 
     edges = [0]
     for text in texts:
         edges.append(edges[-1] + max(1, len(text)))
-    step = (end - start) / edges[-1]
+    step = (end - start) / max(1, edges[-1])
     return [
         (start + low * step, start + high * step)
         for low, high in zip(edges, edges[1:], strict=False)
@@ -148,6 +150,10 @@ def cuts(
 
 
 def _ends(text: str, start: int, match: re.Match[str]) -> bool:
+    """Whether the stop that was found ends the sentence that began at `start`."""
+    tail = text[match.end() : match.end() + 8].lstrip(" ")
+    if match.group().rstrip("'\"”’»)]") in ("...", "…") and tail[:1].islower():
+        return False
     if match.group() != ".":
         return True
     head = text[start : match.start()].split()
@@ -155,7 +161,6 @@ def _ends(text: str, start: int, match: re.Match[str]) -> bool:
     if word in _ABBREVIATIONS:
         return False
     # An initial, as in "J. Smith", or "U.S." in the middle of a sentence.
-    tail = text[match.end() :].lstrip(" ")
     if re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word):
         return word == "i" or not tail or tail[0] == "\n"
     return not tail[:1].islower()
