@@ -56,7 +56,7 @@ LIP_CORNER = [7162, 7186]
 class Hair:
     """How the hair grows and falls."""
 
-    style: str = "long"  # long | short | curly
+    style: str = "long"  # long | short | bob | curly
     length: float = 3.0
     strands: int = 26000
     melanin: float = 0.66
@@ -64,14 +64,13 @@ class Hair:
     grey: float = 0.0  # share of strands without colour
     tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
     radius: float = 0.0052
-    part: float = 0.24  # x of the parting
-    lift: float = 0.17  # height of the hair over the skull
-    wave: float = 0.05
-    cut: float = 5.58  # height at which the scissors went
+    part: float = 0.32  # x of the parting
+    lift: float = 0.22  # height of the hair over the skull
+    wave: float = 0.07
     turns: float = 1.6
-    clump: float = 0.45
+    clump: float = 0.6
     # Height of the hairline as an elevation in degrees at |azimuth| 0, 30, 50, 65, 80, 100, 125, 180.
-    line: tuple[float, ...] = (35.5, 32.0, 20.0, 1.0, -12.0, 8.0, -16.0, -30.0)
+    line: tuple[float, ...] = (35.5, 33.0, 24.0, 6.0, -10.0, 10.0, -16.0, -30.0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Look:
     shape: dict[str, float]
     skin: tuple[float, float, float] = (0.89, 0.715, 0.61)
     blush: tuple[float, float, float] = (0.82, 0.42, 0.36)
-    lips: tuple[float, float, float] = (0.80, 0.43, 0.42)
+    lips: tuple[float, float, float] = (0.78, 0.40, 0.39)
     lips_strength: float = 0.75
     flush: float = 1.0
     liner: float = 0.55
@@ -95,7 +94,7 @@ class Look:
     brow_count: int = 330
     brow_lift: float = 0.0
     brow_grey: float = 0.0
-    lash_length: float = 0.044
+    lash_length: float = 0.062
     cloth: tuple[float, float, float] = (0.16, 0.33, 0.36)
     neckline: tuple[float, float, float] = (5.52, 0.46, 0.0)  # height at z = 0, fall per dm of z
     background: tuple[tuple[float, float, float], ...] = (
@@ -103,7 +102,6 @@ class Look:
         (0.62, 0.72, 0.72),
         (0.36, 0.48, 0.50),
     )
-    exposure: float = 1.14
     seed: int = 7
 
 
@@ -307,7 +305,7 @@ class Painting:
         self.x, self.y = np.meshgrid(PAINT[0] + axis, PAINT[1] + PAINT[2] - axis)
         self.colour: F = np.ones((PAINT_SIZE, PAINT_SIZE, 3)) * np.array(look.skin)
         self.relief: F = np.zeros((PAINT_SIZE, PAINT_SIZE))
-        self.rough: F = np.full((PAINT_SIZE, PAINT_SIZE), 0.50)
+        self.rough: F = np.full((PAINT_SIZE, PAINT_SIZE), 0.46)
 
     def noise(self, size: float) -> F:
         """Smooth noise of unit variance with spots of about `size` dm."""
@@ -421,7 +419,7 @@ def find_features(base: Base, surface: Surface, look: Look) -> Features:
     brows: dict[str, F] = {}
     eye = base.centre("joint-l-eye")
     shape = np.array(
-        [[-0.165, 0.222], [-0.08, 0.240], [0.02, 0.256], [0.12, 0.256], [0.245, 0.196]]
+        [[-0.165, 0.225], [-0.08, 0.244], [0.02, 0.262], [0.12, 0.262], [0.235, 0.200]]
     )
     for side, sign in (("l", 1.0), ("r", -1.0)):
         line = curve(shape, 41)
@@ -463,7 +461,7 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
     p.multiply((0.90, 0.80, 0.80), 0.35 * p.blob(eye[0] - 0.02, eye[1] - 0.16, 0.17, 0.05))
     for side in ("l", "r"):
         upper, lower = features.lids[side]
-        p.multiply((0.22, 0.14, 0.12), look.liner * 2.2 * p.line(upper, 0.020, 0.009))
+        p.multiply((0.28, 0.18, 0.16), look.liner * 2.0 * p.line(upper, 0.014, 0.010))
         p.multiply((0.55, 0.38, 0.36), look.liner * 0.8 * p.line(lower, 0.008, 0.009))
         inner = upper[0] if side == "l" else upper[-1]
         p.mix((0.80, 0.47, 0.44), 0.7 * p.blob(float(inner[0]), float(inner[1]), 0.03, 0.03, False))
@@ -476,10 +474,8 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
     away = np.abs(p.y - seam_y)
     p.multiply((0.62, 0.45, 0.45), lips * 0.55 * np.exp(-((away / 0.030) ** 2)))
     p.multiply((0.72, 0.55, 0.52), 0.9 * p.line(features.seam, 0.006, 0.006))
-    p.multiply((0.92, 0.88, 0.88), lips * 0.5 * (p.y > seam_y))
-    folds = gaussian_filter(
-        p.rng.standard_normal((PAINT_SIZE, PAINT_SIZE)), (22, 2.2)
-    )
+    p.multiply((0.86, 0.82, 0.82), lips * 0.5 * (p.y > seam_y))
+    folds = gaussian_filter(p.rng.standard_normal((PAINT_SIZE, PAINT_SIZE)), (22, 2.2))
     folds /= folds.std()
     p.relief += 0.28 * folds * lips
     p.rough = p.rough - 0.14 * lips
@@ -494,30 +490,14 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
         p.multiply((0.72, 0.52, 0.42), spots * 0.5)
     if look.stubble:
         beard = smooth(0.02, -0.35, p.y - mouth_y) * 0.7
-        beard = np.maximum(beard, smooth(0.42, 0.75, np.abs(p.x)) * smooth(0.35, 0.0, p.y - mouth_y))
+        beard = np.maximum(
+            beard, smooth(0.42, 0.75, np.abs(p.x)) * smooth(0.35, 0.0, p.y - mouth_y)
+        )
         beard = np.maximum(beard, 0.8 * p.blob(0.0, mouth_y + 0.17, 0.30, 0.07, mirror=False))
         beard *= 1 - wide
         grain = 0.75 + 0.25 * p.noise(0.004)
         p.multiply((0.66, 0.66, 0.70), look.stubble * beard * grain)
-    if look.lines:
-        for side in (1.0, -1.0):
-            fold = np.array([[0.20, nose_y - 0.10], [0.255, nose_y - 0.2], [0.29, mouth_y + 0.03],
-                             [0.29, mouth_y - 0.06]]) * np.array([side, 1.0])  # fmt: skip
-            p.multiply((0.80, 0.68, 0.66), look.lines * 0.35 * p.line(curve(fold, 40), 0.02, 0.02))
-            for k in range(3):
-                foot = np.array([[eye[0] + 0.20, eye[1] + 0.03 - 0.035 * k],
-                                 [eye[0] + 0.30, eye[1] + 0.06 - 0.075 * k]])  # fmt: skip
-                p.multiply(
-                    (0.78, 0.66, 0.64),
-                    look.lines * 0.45 * p.line(foot * np.array([side, 1.0]), 0.008, 0.008),
-                )
-                p.relief -= 1.2 * p.line(foot * np.array([side, 1.0]), 0.008, 0.007)
-        for k in range(3):
-            wide = np.linspace(-0.42, 0.42, 30)
-            high = eye[1] + 0.52 + 0.10 * k + 0.02 * np.cos(wide * 5 + k)
-            crease = p.line(np.stack([wide, high], axis=1), 0.008, 0.010)
-            p.relief -= 0.8 * look.lines * crease * smooth(0.45, 0.2, np.abs(p.x))
-    # Pores.
+    # Pores, and the lines of age.
     calm = 1 - smooth(0.0, 0.35, p.area(outline, 0.02))
     p.relief += (0.10 * p.noise(0.0035) + 0.10 * p.noise(0.008)) * calm
     return p
@@ -553,7 +533,7 @@ def skin_material(look: Look, paint: Painting) -> Any:
     tree.links.new(texture("relief", paint.relief, False), bump.inputs["Height"])
     tree.links.new(bump.outputs[0], shader.inputs["Normal"])
     shader.inputs["Subsurface Weight"].default_value = 1.0
-    shader.inputs["Subsurface Scale"].default_value = 0.028
+    shader.inputs["Subsurface Scale"].default_value = 0.055
     shader.inputs["Subsurface Radius"].default_value = (1.0, 0.42, 0.25)
     shader.inputs["Specular IOR Level"].default_value = 0.42
     return made
@@ -576,9 +556,11 @@ def paint_eye(look: Look, iris: float) -> F:
     # Fibres: noise stretched along the radius.
     around, out = 900, 96
     fibre = gaussian_filter(rng.standard_normal((out, around)), (14, 1.6), mode=("nearest", "wrap"))
-    fibre += 0.6 * gaussian_filter(
-        rng.standard_normal((out, around)), (7, 5.0), mode=("nearest", "wrap")
-    ) * 3
+    fibre += (
+        0.6
+        * gaussian_filter(rng.standard_normal((out, around)), (7, 5.0), mode=("nearest", "wrap"))
+        * 3
+    )
     fibre /= fibre.std()
     value = map_coordinates(
         fibre,
@@ -592,31 +574,15 @@ def paint_eye(look: Look, iris: float) -> F:
     body = colour * (1 - blend) + inner * blend
     body = body * (1 + 0.20 * value[..., None])
     body = body * (1 - 0.72 * smooth(0.78, 1.02, r)[..., None])
-    body = body * (0.4 + 0.6 * smooth(0.38, 0.52, r)[..., None])
-    body = body * (1 - smooth(0.43, 0.39, r)[..., None])
+    body = body * (0.4 + 0.6 * smooth(0.33, 0.46, r)[..., None])
+    body = body * (1 - smooth(0.385, 0.345, r)[..., None])
     inside = smooth(1.04, 0.95, r)[..., None]
     return (image * (1 - inside) + body * inside).clip(0, 1)
 
 
-def make_mouth(features: Features) -> None:
-    """A strip just behind the seam, so that no black shows where the lips do not quite meet."""
-    line = features.seam - np.array([0.0, 0.0, 0.022])
-    rows = [line + np.array([0.0, dy, -abs(dy) * 0.4]) for dy in (-0.03, 0.0, 0.03)]
-    n = len(line)
-    faces = [
-        (i * n + j, i * n + j + 1, (i + 1) * n + j + 1, (i + 1) * n + j)
-        for i in range(2) for j in range(n - 1)
-    ]  # fmt: skip
-    thing = mesh_of("mouth", np.vstack(rows), faces)
-    made, _tree, shader = material("mouth")
-    shader.inputs["Base Color"].default_value = srgb((0.50, 0.22, 0.21))
-    shader.inputs["Roughness"].default_value = 0.6
-    thing.data.materials.append(made)
-
-
 def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
     """Two eyeballs that look into the camera. Returns, for each, the iris' middle and a rim point."""
-    share = 0.49
+    share = 0.475
     picture = image_of("eye", paint_eye(look, share))
     made, tree, shader = material("eye")
     node = tree.nodes.new("ShaderNodeTexImage")
@@ -657,9 +623,7 @@ def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
             polar = np.linspace(1e-4, math.pi * 0.75, rings)
             turn = np.arange(spokes) / spokes * 2 * math.pi
             s, c = np.sin(polar)[:, None], np.cos(polar)[:, None]
-            local = np.stack(
-                [s * np.cos(turn), s * np.sin(turn), c * np.ones(spokes)], axis=-1
-            )
+            local = np.stack([s * np.cos(turn), s * np.sin(turn), c * np.ones(spokes)], axis=-1)
             if name == "ball":
                 dip = smooth(rim * 1.0, rim * 0.45, polar)[:, None]
                 local[..., 2] -= 0.05 * dip
@@ -756,11 +720,9 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     inside = scalp_mask(look, roots, centre)
 
     tree = cKDTree(obstacles)
-    steps = {"short": 32, "curly": 96}.get(hair.style, 64)
+    steps = 64 if hair.style in ("long", "bob") else 40
     guides = min(len(roots), 4500)
-    side = np.where(
-        roots[:, 0] + 0.02 * rng.standard_normal(len(roots)) > hair.part, 1.0, -1.0
-    )
+    side = np.where(roots[:, 0] + 0.02 * rng.standard_normal(len(roots)) > hair.part, 1.0, -1.0)
     grown = comb_guides(
         look, roots[:guides], out[:guides], inside[:guides], side[:guides], steps, eye_y,
         tree, normals, rng,
@@ -776,14 +738,6 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
         paths += share[:, k, None, None] * moved[near[:, k]]
     paths *= rng.uniform(0.9, 1.0, (len(roots), 1, 1))
     paths += roots[:, None]
-
-    # No strand strays over the forehead or the cheeks.
-    away = scalp_mask(look, paths.reshape(-1, 3), centre).reshape(paths.shape[:2])
-    strays = ((away < -3.0) & (paths[..., 2] > 0.62) & (paths[..., 1] > eye_y - 1.0)).any(1)
-    paths, roots, out, side = (v[~strays] for v in (paths, roots, out, side))
-    behind = 0.28 * smooth(0.25, -0.3, roots[:, 2])
-    paths = cut_hair(paths, hair.cut + behind + rng.normal(0, 0.035, len(roots)))
-    key = roots + side[:, None] * np.array([3.0, 0, 0])
 
     # Locks: strands lean to the middle strand of their lock, more towards the tip.
     locks = max(60, hair.strands // 70)
@@ -816,7 +770,9 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     paths = flat.reshape(paths.shape)
     paths[:, 0] = roots - out * 0.01
 
-    taper = hair.radius * (1 - 0.75 * smooth(0.55, 1.0, along)) * (0.55 + 0.45 * smooth(0, 0.1, along))
+    taper = (
+        hair.radius * (1 - 0.75 * smooth(0.55, 1.0, along)) * (0.55 + 0.45 * smooth(0, 0.1, along))
+    )
     coloured = hair_material("hair", look, hair.melanin, hair.redness)
     white = hair_material("grey", look, 0.06, 0.1)
     which = (rng.random(len(roots)) < hair.grey).astype(int)
@@ -836,7 +792,7 @@ def comb_guides(
         length *= 0.28 + 0.72 * smooth(0.05, 0.75, roots[:, 1] - eye_y)
     lift = hair.lift * (0.25 + 0.75 * rng.random(len(roots)) ** 0.8) * smooth(-3.0, 22.0, inside)
     parted = np.hypot(roots[:, 0] - hair.part, 0.4 * np.minimum(roots[:, 2] - 0.2, 0))
-    lift = lift * (0.50 + 0.50 * smooth(0.0, 0.40, parted)) + 0.012
+    lift = lift * (0.30 + 0.70 * smooth(0.0, 0.32, parted)) + 0.012
     first = comb(look, roots, side, eye_y)
     d = unit(out * (0.55 if hair.style != "short" else 0.6) + first * 0.8)
     p = roots.copy()
@@ -846,8 +802,7 @@ def comb_guides(
         _near, index = tree.query(p, k=4)
         normal = unit(normals[index].mean(1))
         want = comb(look, p, side, eye_y)
-        if hair.style != "curly":
-            want = unit(want - (want * normal).sum(1, keepdims=True) * normal * 0.9)
+        want = unit(want - (want * normal).sum(1, keepdims=True) * normal * 0.9)
         d = unit(d * 0.68 + want * 0.32)
         p = p + d * step
         _near, index = tree.query(p, k=4)
@@ -855,7 +810,7 @@ def comb_guides(
         gap = ((p[:, None, :] - obstacles[index]) * normals[index]).sum(-1).mean(1)
         aim = lift * min(1.0, k / 5)
         # Over the skull the strand keeps its height; below, it only stays outside.
-        held = smooth(-0.35, 0.15, p[:, 1] - eye_y) * (0.0 if hair.style == "curly" else 0.5)
+        held = smooth(-0.35, 0.15, p[:, 1] - eye_y) * 0.5
         move = np.maximum(aim - gap, 0.0) * 0.85 - np.maximum(gap - aim, 0.0) * held
         p = p + normal * move[:, None]
         p = keep_face_clear(look, p, eye_y)
@@ -869,30 +824,11 @@ def ear_width(head: Surface, eye_y: float) -> float:
     return float(np.abs(temple[:, 0]).max()) + 0.03
 
 
-def cut_hair(paths: F, height: F) -> F:
-    """Each strand ends where it first falls below its height; its points are spread anew."""
-    count, steps = paths.shape[:2]
-    under = paths[..., 1] < height[:, None]
-    last = np.where(under.any(1), under.argmax(1), steps - 1).astype(float)
-    at = np.linspace(0, 1, steps)[None] * np.maximum(last, 6)[:, None]
-    low = np.minimum(at.astype(int), steps - 2)
-    rest = (at - low)[..., None]
-    row = np.arange(count)[:, None]
-    out: F = paths[row, low] * (1 - rest) + paths[row, low + 1] * rest
-    return out
-
-
 def comb(look: Look, p: F, side: F, eye_y: float) -> F:
     """Which way the comb goes at each point."""
     style = look.hair.style
     x, y, z = p[:, 0], p[:, 1] - eye_y, p[:, 2]
     zero = np.zeros_like(x)
-    if style == "curly":
-        # Out of the head all round, bending down with its own weight, away from the face.
-        ball = p - np.array([0.0, eye_y + 0.25, 0.15])
-        way = unit(ball * np.array([1.0, 1.0, 0.8]))
-        sink = smooth(0.9, -0.3, y)[:, None] * np.array([0.0, -0.75, -0.25])
-        return unit(way + sink)
     if style == "short":
         from_part = side
         top = smooth(0.3, 0.75, y)
@@ -903,10 +839,10 @@ def comb(look: Look, p: F, side: F, eye_y: float) -> F:
     front = smooth(0.2, 0.9, z)
     # Away from the part over the top, then back past the temples, then down behind the ears.
     over = np.stack([side * 1.0, zero - 0.25, -0.30 - 0.75 * front], axis=1)
-    past = np.stack([side * 0.16, zero - 0.85, -0.12 - 0.75 * front], axis=1)
+    past = np.stack([side * 0.10, zero - 0.75, -0.45 - 0.9 * front], axis=1)
     below = smooth(0.05, -0.45, y)[:, None]
     wide = smooth(0.75, 1.25, np.abs(x))
-    fall = np.stack([-np.sign(x) * (0.55 * wide + 0.22 * smooth(-0.75, -1.2, y)), zero - 1.0, 0.08 + 0.2 * wide], axis=1)
+    fall = np.stack([-np.sign(x) * 0.55 * wide, zero - 1.0, 0.10 + 0.25 * wide], axis=1)
     way = over * top[:, None] + past * (1 - top)[:, None]
     return unit(way * (1 - below) + fall * below)
 
@@ -935,12 +871,16 @@ def grow_brows(look: Look, features: Features, surface: Surface) -> None:
         for _ in range(look.brow_count):
             t = rng.beta(1.05, 1.15)
             k = min(int(t * 40), 40)
-            width = look.brow_width * (1.0 - 0.62 * smooth(0.55, 1.0, t)) * (0.50 + 0.50 * smooth(0.0, 0.35, t))
+            width = (
+                look.brow_width
+                * (1.0 - 0.62 * smooth(0.55, 1.0, t))
+                * (0.62 + 0.38 * smooth(0.0, 0.3, t))
+            )
             v = rng.uniform(-1, 1)
             root = line[k] + (line[min(k + 1, 40)] - line[k]) * (t * 40 - k)
             x, y = root[0], root[1] + v * width - 0.012
             # Upright near the nose, lying along the brow further out.
-            up = 0.75 * smooth(0.32, 0.0, t) + 0.22 - 0.42 * v * smooth(0.1, 0.5, t)
+            up = 1.05 * smooth(0.32, 0.0, t) + 0.22 - 0.42 * v * smooth(0.1, 0.5, t)
             way = tangents[k] * np.array([1, 1, 0]) + np.array([0, up, 0.0])
             way = unit(way + rng.normal(0, 0.09, 3) * np.array([1, 1, 0]))
             length = rng.uniform(0.05, 0.085) * (1 - 0.3 * smooth(0.7, 1, t))
@@ -966,7 +906,7 @@ def grow_lashes(look: Look, features: Features) -> None:
     paths = []
     for side, sign in (("l", 1.0), ("r", -1.0)):
         for row, (count, length, lift) in enumerate(
-            ((220, look.lash_length, 1.0), (70, look.lash_length * 0.42, -0.75))
+            ((150, look.lash_length, 1.0), (70, look.lash_length * 0.42, -0.75))
         ):
             line = features.lids[side][row]
             line = line if side == "l" else line[::-1]
@@ -978,15 +918,15 @@ def grow_lashes(look: Look, features: Features) -> None:
                 size = length * (0.55 + 0.45 * math.sin(math.pi * min(1, 0.15 + 0.75 * t)))
                 size *= rng.uniform(0.75, 1.1)
                 s = np.linspace(0, 1, 7)[:, None]
-                ahead = np.array([out * 0.55, 0.35 * lift, 0.75])
-                curl = np.array([out * 0.30, lift * 0.75, -0.10])
+                ahead = np.array([out * 0.55, 0.10 * lift, 1.0]) / 1.2
+                curl = np.array([out * 0.35, lift * 0.95, -0.10])
                 path = root + size * (ahead * s * 0.75 + curl * s**1.8)
                 paths.append(path + rng.normal(0, 0.004, 3) * s)
     made, _tree, shader = material("lash")
     shader.inputs["Base Color"].default_value = (0.012, 0.008, 0.007, 1)
     shader.inputs["Roughness"].default_value = 0.5
     strands_of(
-        "lash", np.array(paths), 0.0013 * np.array([1, 1, 0.9, 0.75, 0.55, 0.35, 0.1]), [made]
+        "lash", np.array(paths), 0.0016 * np.array([1, 1, 0.9, 0.75, 0.55, 0.35, 0.1]), [made]
     )
 
 
@@ -1150,7 +1090,7 @@ def set_scene(camera: Camera, scale: float, samples: int) -> None:
     scene.world = world
     world.use_nodes = True
     world.node_tree.nodes["Background"].inputs[0].default_value = srgb((0.80, 0.84, 0.90))
-    world.node_tree.nodes["Background"].inputs[1].default_value = 0.24
+    world.node_tree.nodes["Background"].inputs[1].default_value = 0.30
 
 
 def backdrop(look: Look, height: int, width: int) -> F:
@@ -1181,7 +1121,9 @@ def backdrop(look: Look, height: int, width: int) -> F:
         tone = dark * rng.uniform(0.4, 1.6) + rng.uniform(0, 0.10, 3) * light
         box(left, shelf - tall, left + rng.uniform(0.015, 0.04), shelf, tone, 0.9)
     blur = 0.030 * height
-    room = np.stack([gaussian_filter(room[..., k], blur, mode="nearest") for k in range(3)], axis=-1)
+    room = np.stack(
+        [gaussian_filter(room[..., k], blur, mode="nearest") for k in range(3)], axis=-1
+    )
     for _ in range(9):
         cx, cy = rng.uniform(0.95, 1.75), rng.uniform(0.02, 0.5)
         r = rng.uniform(0.018, 0.042)
@@ -1196,7 +1138,7 @@ def finish(look: Look, render: F) -> NDArray[np.uint8]:
     height, width = render.shape[:2]
     room = backdrop(look, height, width)
     alpha = render[..., 3:4].clip(0, 1)
-    light = render[..., :3] * look.exposure + room * (1 - alpha)
+    light = render[..., :3] + room * (1 - alpha)
     glow = np.stack([gaussian_filter(np.maximum(light[..., k] - 0.75, 0), height * 0.02)
                      for k in range(3)], axis=-1)  # fmt: skip
     light = np.maximum(light + 0.25 * glow, 0)
@@ -1230,139 +1172,22 @@ LOOKS: dict[str, Look] = {
             "mouth/mouth-lowerlip-ext-up": 0.35,
             "mouth/mouth-upperlip-ext-down": 0.35,
             "mouth/mouth-upperlip-height-incr": 0.25,
-            "eyes/@-eye-scale-incr": 1.5,
-            "eyes/@-eye-height2-incr": 0.0,
+            "eyes/@-eye-scale-incr": 1.0,
+            "eyes/@-eye-height2-incr": 0.45,
             "eyes/@-eye-corner2-up": 0.25,
             "head/head-oval": 0.30,
             "head/head-invertedtriangular": 0.30,
-            "head/head-scale-horiz-decr": 0.45,
+            "head/head-scale-horiz-decr": 0.30,
             "nose/nose-scale-horiz-decr": 0.35,
             "nose/nose-scale-depth-incr": 0.20,
             "nose/nose-point-up": 0.25,
             "cheek/@-cheek-bones-incr": 0.35,
             "neck/neck-scale-horiz-decr": 0.25,
             "ears/@-ear-wing-decr": 0.8,
-            "ears/@-ear-scale-decr": 1.0,
+            "ears/@-ear-scale-decr": 0.3,
         },
     ),
 }
-
-
-LOOKS["marcus"] = Look(
-    shape={
-        "macrodetails/caucasian-male-young": 0.62,
-        "macrodetails/caucasian-male-old": 0.18,
-        "macrodetails/african-male-young": 0.20,
-        "macrodetails/universal-male-young-averagemuscle-averageweight": 0.85,
-        "macrodetails/universal-male-young-maxmuscle-averageweight": 0.15,
-        "expression/units/caucasian/mouth-corner-puller": 0.18,
-        "mouth/mouth-angles-up": 0.45,
-        "mouth/mouth-lowerlip-ext-up": 0.35,
-        "mouth/mouth-upperlip-ext-down": 0.35,
-        "eyes/@-eye-scale-incr": 0.9,
-        "head/head-square": 0.25,
-        "head/head-scale-horiz-decr": 0.25,
-        "nose/nose-scale-horiz-decr": 0.15,
-        "chin/chin-width-incr": 0.2,
-        "ears/@-ear-wing-decr": 0.7,
-    },
-    skin=(0.80, 0.61, 0.49),
-    blush=(0.74, 0.38, 0.31),
-    lips=(0.70, 0.41, 0.37),
-    lips_strength=0.5,
-    flush=0.8,
-    liner=0.32,
-    stubble=0.5,
-    iris=(0.26, 0.36, 0.34),
-    hair=Hair(
-        style="short", length=0.62, strands=24000, melanin=0.80, redness=0.35, part=0.42,
-        lift=0.13, wave=0.02, turns=1.0, clump=0.35, radius=0.0048,
-        line=(37.0, 38.5, 29.0, 8.0, -16.0, 10.0, -14.0, -28.0), cut=0.0,
-    ),
-    brow_melanin=0.80,
-    brow_width=0.040,
-    brow_count=460,
-    brow_lift=-0.035,
-    lash_length=0.030,
-    cloth=(0.17, 0.20, 0.27),
-    background=((0.88, 0.84, 0.80), (0.60, 0.58, 0.60), (0.33, 0.34, 0.40)),
-    seed=21,
-)
-LOOKS["nora"] = Look(
-    shape={
-        "macrodetails/caucasian-female-young": 0.42,
-        "macrodetails/caucasian-female-old": 0.58,
-        "macrodetails/universal-female-young-averagemuscle-averageweight": 0.5,
-        "macrodetails/universal-female-old-averagemuscle-averageweight": 0.5,
-        "expression/units/caucasian/mouth-corner-puller": 0.30,
-        "mouth/mouth-angles-up": 0.5,
-        "mouth/mouth-lowerlip-ext-up": 0.35,
-        "mouth/mouth-upperlip-ext-down": 0.35,
-        "mouth/mouth-upperlip-height-incr": 0.2,
-        "eyes/@-eye-scale-incr": 1.2,
-        "head/head-oval": 0.3,
-        "head/head-scale-horiz-decr": 0.25,
-        "nose/nose-scale-horiz-decr": 0.25,
-        "neck/neck-scale-horiz-decr": 0.2,
-        "ears/@-ear-wing-decr": 0.8,
-        "ears/@-ear-scale-decr": 1.0,
-    },
-    skin=(0.89, 0.73, 0.65),
-    blush=(0.82, 0.46, 0.42),
-    lips=(0.74, 0.40, 0.40),
-    lips_strength=0.65,
-    liner=0.42,
-    lines=1.0,
-    iris=(0.30, 0.44, 0.54),
-    hair=Hair(
-        length=2.4, melanin=0.30, redness=0.15, grey=0.72, part=-0.28, lift=0.20, wave=0.06,
-        turns=1.3, cut=5.95, line=(36.0, 33.0, 21.0, 2.0, -12.0, 8.0, -16.0, -30.0),
-    ),
-    brow_melanin=0.42,
-    brow_grey=0.45,
-    brow_width=0.022,
-    lash_length=0.034,
-    cloth=(0.42, 0.20, 0.27),
-    background=((0.95, 0.90, 0.80), (0.74, 0.72, 0.58), (0.42, 0.48, 0.38)),
-    seed=33,
-)
-LOOKS["amara"] = Look(
-    shape={
-        "macrodetails/african-female-young": 0.85,
-        "macrodetails/caucasian-female-young": 0.15,
-        "macrodetails/universal-female-young-averagemuscle-averageweight": 1.0,
-        "expression/units/african/mouth-corner-puller": 0.25,
-        "mouth/mouth-angles-up": 0.4,
-        "mouth/mouth-lowerlip-ext-up": 0.35,
-        "mouth/mouth-upperlip-ext-down": 0.35,
-        "eyes/@-eye-scale-incr": 1.3,
-        "head/head-oval": 0.35,
-        "head/head-scale-horiz-decr": 0.3,
-        "nose/nose-scale-horiz-decr": 0.2,
-        "cheek/@-cheek-bones-incr": 0.3,
-        "neck/neck-scale-horiz-decr": 0.25,
-        "ears/@-ear-wing-decr": 0.8,
-        "ears/@-ear-scale-decr": 0.6,
-    },
-    skin=(0.47, 0.30, 0.215),
-    blush=(0.50, 0.22, 0.16),
-    lips=(0.52, 0.25, 0.24),
-    lips_strength=0.7,
-    flush=0.7,
-    liner=0.6,
-    iris=(0.22, 0.12, 0.07),
-    hair=Hair(
-        style="curly", length=0.95, strands=17000, melanin=0.965, redness=0.3, lift=0.30,
-        wave=0.062, turns=5.5, clump=0.95, radius=0.0056, cut=0.0, part=9.0,
-        line=(37.0, 35.0, 26.0, 6.0, -8.0, 10.0, -16.0, -30.0),
-    ),
-    brow_melanin=0.97,
-    brow_width=0.026,
-    cloth=(0.80, 0.52, 0.20),
-    background=((0.94, 0.82, 0.72), (0.70, 0.56, 0.54), (0.40, 0.36, 0.44)),
-    exposure=1.30,
-    seed=45,
-)
 
 
 def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F, dict[str, Any]]:
@@ -1383,7 +1208,6 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
     features = find_features(base, surface, look)
     paint = paint_skin(look, base, features)
     body.data.materials.append(skin_material(look, paint))
-    make_mouth(features)
     irises = make_eyes(look, base, camera)
     marks = landmarks(look, base, surface, features, irises, camera)
     cloth = make_clothes(look, base)
@@ -1395,8 +1219,8 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
     if look.hair.strands:
         grow_hair(look, base, surface, obstacles, normals)
     top = float(eye[1])
-    add_light("key", (-5.0, top + 3.6, 7.5), 4.5, 800, (1.0, 0.955, 0.90), (0, top - 0.2, 0.8))
-    add_light("fill", (6.0, top + 0.4, 7.0), 6.0, 140, (0.92, 0.96, 1.0), (0, top - 0.2, 0.8))
+    add_light("key", (-5.0, top + 3.6, 7.5), 4.0, 720, (1.0, 0.955, 0.90), (0, top - 0.2, 0.8))
+    add_light("fill", (6.0, top + 0.4, 7.0), 6.0, 190, (0.92, 0.96, 1.0), (0, top - 0.2, 0.8))
     add_light("rim", (4.2, top + 2.6, -4.5), 2.5, 240, (1.0, 0.95, 0.88), (0, top, 0.3))
     add_light("back", (-4.5, top + 2.2, -4.2), 2.5, 170, (0.88, 0.95, 1.0), (0, top, 0.3))
     scene = bpy.context.scene
