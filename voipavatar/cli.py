@@ -279,7 +279,8 @@ async def _render(
         TextColumn("{task.completed:.1f} of {task.total:.1f} s"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_err, transient=True) as bar:
+    off = not _err.is_terminal  # it would leave an empty line in a log
+    with Progress(*columns, console=_err, transient=True, disable=off) as bar:
         task = bar.add_task("rendering", total=1.0)
 
         def progress(made: float, known: float) -> None:
