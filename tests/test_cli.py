@@ -214,6 +214,38 @@ def test_doctor_asks_the_server_that_is_named(livekit: LiveKitServer, ports: ser
         assert livekit.api_secret not in json.dumps(found)
 
 
+STUBBORN = """
+import asyncio
+from voipavatar import cli
+
+async def work():
+    print("begun", flush=True)
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            print("asked", flush=True)
+
+cli._run(work(), lambda: print("ended", flush=True))
+"""
+
+
+def test_second_signal_ends_what_does_not_want_to() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STUBBORN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    ) as process:
+        assert process.stdout is not None
+        for line in ("begun", "asked"):
+            assert process.stdout.readline().strip() == line
+            process.send_signal(signal.SIGINT)
+        assert process.stdout.readline().strip() == "ended"
+        assert process.wait(10) == -signal.SIGINT
+
+
 # --- demo -----------------------------------------------------------------------------------------
 
 

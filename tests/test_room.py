@@ -125,7 +125,7 @@ async def test_says_shows_and_reports(livekit: LiveKitServer, studio: Studio) ->
         turn = session.open_turn()
         turn.push(bench.beeps(3.2), FRAME_RATE)
         turn.end()
-        assert await asyncio.wait_for(turn.finished, 10) == Played(pytest.approx(3.2), False)
+        assert await asyncio.wait_for(turn.finished, 10) == Played(3.2, False)
         await asyncio.sleep(0.7)
         [first, *_] = seen.flashes()
         assert first[0] - begin - 0.16 <= 0.5
@@ -140,11 +140,9 @@ async def test_sound_and_picture_stay_together(livekit: LiveKitServer, settings:
     found = await bench.sync(settings, minutes=2.0, server=livekit, stall_after=60.0)
     print(found)
     assert found["beeps"] > 150 and found["stalls"] >= 1
-    before = found["offset_median"] - found["calibration"]
-    assert abs(before) <= 25
-    for edge in ("after_stall_min", "after_stall_max"):
-        assert abs(found[edge] - found["calibration"]) <= 40 or abs(found[edge]) <= 40
-    assert abs(found["after_stall_median"] - found["offset_median"]) <= 20
+    assert abs(found["source_median"]) <= 20
+    values = [found["after_stall_min"], found["after_stall_max"], found["after_stall_median"]]
+    assert max(map(abs, values)) <= 40
 
 
 @pytest.mark.slow
@@ -159,6 +157,7 @@ async def test_a_hundred_interruptions(livekit: LiveKitServer, studio: Studio) -
         await asyncio.sleep(1.5)
         for _ in range(100):
             del seen.pictures[:-5]
+            begun = time.monotonic()
             turn = session.open_turn()
             turn.push(sweep(4.0), FRAME_RATE)
             turn.end()
@@ -169,14 +168,10 @@ async def test_a_hundred_interruptions(livekit: LiveKitServer, studio: Studio) -
             played = turn.finished.result()
             assert played.interrupted
             await asyncio.sleep(0.55)
-            spans = [
-                (begin, end)
-                for (begin, end), when in _recent(seen, asked - 1.0)
-                if end - begin > 0.01 * FRAME_RATE and when
-            ]
-            flashes = [span for span in _lit(seen) if span[1] > asked - 1.0]
+            spans = _since(seen, begun)
+            flashes = [span for span in seen.flashes() if span[0] > begun]
             if played.heard == 0.0:
-                assert not spans or spans[-1][1] - spans[-1][0] < 0.04 * FRAME_RATE
+                assert not spans, "what was not heard by its own account must not be heard"
                 continue
             heard_any += 1
             last = seen.when([spans[-1][1]])[0] if spans else asked
@@ -198,14 +193,11 @@ async def test_a_hundred_interruptions(livekit: LiveKitServer, studio: Studio) -
     assert np.percentile(np.abs(errors), 95) <= 0.040
 
 
-def _recent(seen: Viewer, since: float) -> list[tuple[tuple[int, int], bool]]:
-    spans = seen.loud_spans(0.02)
-    times = seen.when([end for _, end in spans])
-    return [(span, when > since) for span, when in zip(spans, times, strict=True)]
-
-
-def _lit(seen: Viewer) -> list[tuple[float, float]]:
-    return seen.flashes()
+def _since(seen: Viewer, begun: float) -> list[tuple[int, int]]:
+    """Spans of sound that began after `begun`, but for clicks."""
+    spans = [span for span in seen.loud_spans(0.02) if span[1] - span[0] > 0.01 * FRAME_RATE]
+    times = seen.when([begin for begin, _ in spans])
+    return [span for span, when in zip(spans, times, strict=True) if when > begun]
 
 
 def _position(seen: Viewer, span: tuple[int, int]) -> float:

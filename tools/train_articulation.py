@@ -444,7 +444,9 @@ class Espeak:
         self._hear = kind(hear)
         self._lib.espeak_SetSynthCallback(self._hear)
 
-    def say(self, text: str, voice: str, rate: int = 170, pitch: int = 50, span: int = 50) -> Spoken:
+    def say(
+        self, text: str, voice: str, rate: int = 170, pitch: int = 50, span: int = 50
+    ) -> Spoken:
         """`rate` in words a minute, `pitch` and its `span` 0 to 100."""
         self._sound.clear()
         self._events.clear()
@@ -480,7 +482,9 @@ class Piper:
         timed = cache / "joe-timed.onnx"
         if not timed.exists():
             model = onnx.load(str(source))
-            (name,) = [out for node in model.graph.node if node.op_type == "Ceil" for out in node.output]
+            (name,) = [
+                out for node in model.graph.node if node.op_type == "Ceil" for out in node.output
+            ]
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
             onnx.save(model, str(timed))
         options = onnxruntime.SessionOptions()
@@ -583,7 +587,9 @@ def read_wave(path: Path) -> tuple[npt.NDArray[np.int16], int]:
         return np.frombuffer(file.readframes(file.getnframes()), np.int16), file.getframerate()
 
 
-def translate(listing: Sequence[tuple[str, float]], table: dict[str, str]) -> list[tuple[str, float, float]]:
+def translate(
+    listing: Sequence[tuple[str, float]], table: dict[str, str]
+) -> list[tuple[str, float, float]]:
     marks = []
     begin = 0.0
     for name, end in listing:
@@ -628,7 +634,7 @@ def festival(sentences: Sequence[str], voice: str) -> list[Spoken]:
         "(define (go text path)",
         "  (set! u (utt.synth (eval (list 'Utterance 'Text text))))",
         "  (utt.save.wave u path 'riff)",
-        "  (mapcar (lambda (s) (format t \"%s %f\\n\" (item.name s) (item.feat s 'end)))",
+        '  (mapcar (lambda (s) (format t "%s %f\\n" (item.name s) (item.feat s \'end)))',
         "          (utt.relation.items u 'Segment))",
         '  (format t "-----\\n"))',
     ]
@@ -649,7 +655,9 @@ def festival(sentences: Sequence[str], voice: str) -> list[Spoken]:
     return spoken
 
 
-VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f5 klatt klatt2 klatt3 Andy Annie Denis Gene Jacky Lee".split()
+VARIANTS = (
+    "m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f5 klatt klatt2 klatt3 Andy Annie Denis Gene Jacky Lee".split()
+)
 TEST_VARIANTS = "m8 f4 klatt4 Michael Alicia".split()
 ESPEAK_LANGUAGES = {
     "en-us": ("en", 150),
@@ -945,20 +953,22 @@ def stretched(spoken: Spoken, factor: float) -> Spoken:
 COPIES = {"espeak": 1, "piper": 3, "flite": 2, "festival": 2}
 
 
-def training_clips(
-    found: dict[str, list[Spoken]], mean: Float32, scale: Float32
-) -> Iterator[Clip]:
+def training_clips(found: dict[str, list[Spoken]], mean: Float32, scale: Float32) -> Iterator[Clip]:
     rng = np.random.default_rng(SEED)
     for name, spoken in found.items():
         if not name.startswith("train"):
             continue
         for item in spoken:
             for copy in range(COPIES[item.group]):
-                pcm, factor = (item.pcm * np.float32(0.6), 1.0) if copy == 2 else spoil(item.pcm, rng)
+                pcm, factor = (
+                    (item.pcm * np.float32(0.6), 1.0) if copy == 2 else spoil(item.pcm, rng)
+                )
                 # a turn seldom begins with the first sound: some quiet before, some after
                 lead = np.zeros(int(rng.integers(0, 8000)), np.float32)
                 trail = np.zeros(int(rng.integers(0, 6000)), np.float32)
-                hum = rng.standard_normal(len(lead) + len(pcm) + len(trail)) * 10 ** rng.uniform(-5, -3)
+                hum = rng.standard_normal(len(lead) + len(pcm) + len(trail)) * 10 ** rng.uniform(
+                    -5, -3
+                )
                 pcm = np.concatenate((lead, pcm, trail)) + hum.astype(np.float32)
                 shift = len(lead) / RATE
                 moved = stretched(item, factor)
@@ -1001,7 +1011,9 @@ class Network:
     def __init__(self, sizes: Sequence[int], rng: np.random.Generator) -> None:
         self.parameters: list[Float32] = []
         for a, b in zip(sizes[:-1], sizes[1:], strict=True):
-            self.parameters.append((rng.standard_normal((b, a)) * np.sqrt(2 / a)).astype(np.float32))
+            self.parameters.append(
+                (rng.standard_normal((b, a)) * np.sqrt(2 / a)).astype(np.float32)
+            )
             self.parameters.append(np.zeros(b, np.float32))
         self._first = [np.zeros_like(p) for p in self.parameters]
         self._second = [np.zeros_like(p) for p in self.parameters]
@@ -1041,7 +1053,9 @@ class Network:
             self._second[i] += np.float32(0.001) * (grad * grad - self._second[i])
             m = self._first[i] / np.float32(1 - 0.9**self._steps)
             v = self._second[i] / np.float32(1 - 0.999**self._steps)
-            p[i] -= np.float32(rate) * (m / (np.sqrt(v) + np.float32(1e-8)) + np.float32(1e-3) * p[i])
+            p[i] -= np.float32(rate) * (
+                m / (np.sqrt(v) + np.float32(1e-8)) + np.float32(1e-3) * p[i]
+            )
             self.average[i] += np.float32(0.002) * (p[i] - self.average[i])
         return loss
 
@@ -1078,12 +1092,17 @@ _VOWEL = {art.CLASSES.index(n) for n in ("aa", "E", "I", "O", "U", "ax")}
 def group_of(index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """0 silence, 1 closed (PP, FF), 2 vowel, 3 other."""
     table = np.array(
-        [0 if i == 0 else 1 if i in (1, 2) else 2 if i in _VOWEL else 3 for i in range(len(art.CLASSES))]
+        [
+            0 if i == 0 else 1 if i in (1, 2) else 2 if i in _VOWEL else 3
+            for i in range(len(art.CLASSES))
+        ]
     )
     return table[index]
 
 
-def evaluate(found: dict[str, list[Spoken]], weights: Path) -> list[tuple[str, float, float, float, float]]:
+def evaluate(
+    found: dict[str, list[Spoken]], weights: Path
+) -> list[tuple[str, float, float, float, float]]:
     """Accuracy, mean recall, recall of bilabials, accuracy over 4 groups, for each held-out set."""
     table = []
     for name, spoken in found.items():
@@ -1095,7 +1114,9 @@ def evaluate(found: dict[str, list[Spoken]], weights: Path) -> list[tuple[str, f
             truth.append(label(item, len(rows)).argmax(axis=1))
             guess.append(rows.argmax(axis=1))
         t, g = np.concatenate(truth), np.concatenate(guess)
-        recall = [float((g[t == c] == c).mean()) for c in range(len(art.CLASSES)) if (t == c).sum() > 30]
+        recall = [
+            float((g[t == c] == c).mean()) for c in range(len(art.CLASSES)) if (t == c).sum() > 30
+        ]
         table.append(
             (
                 name,
@@ -1114,7 +1135,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=art.WEIGHTS)
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--hidden", type=int, nargs=2, default=(192, 128))
-    parser.add_argument("--evaluate", action="store_true", help="only measure the weights there are")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="only measure the weights there are"
+    )
     options = parser.parse_args()
     began = time.monotonic()
     found = gather(options.cache)

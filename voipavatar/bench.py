@@ -7,20 +7,20 @@ the name says otherwise. The tests call the same functions.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from livekit import api, rtc
 
 from .config import Persona, Settings, load_persona
 from .engines import Spec
+from .errors import VoipAvatarError
 from .livekit_server import LiveKitServer
-from .media import FRAME_RATE, Frame, Int16, i420, slice_start
-from .room import RoomOptions, connect
+from .media import FRAME_RATE, Frame, Int16
+from .room import RoomOptions
 from .session import Session, Studio
 from .version import __version__
 from .viewer import Viewer
@@ -175,13 +175,12 @@ async def sync(
 ) -> Mapping[str, Any]:
     """Flash against beep at a viewer in a real room. Positive: the picture is late.
 
-    `calibration` is what the same viewer sees of a publisher that hands over picture and sound in
-    the same instant: what its own jitter buffers add. With `stall_after` the event loop is held
-    for one second then, and `after_stall` tells the offsets from two seconds later on.
+    `seen_*` is what the viewer sees and hears. `source_*` is what was sent: less what the viewer's
+    own jitter buffers add, by WebRTC's statistics of the same second (exact to about 10 ms). With
+    `stall_after` the event loop is held for one second then, and `after_stall_*` tells the offsets
+    at the source from two seconds after it on.
     """
     async with _Server(settings, server, tell) as access:
-        tell("calibrating")
-        calibration = await _calibrate(access, width, height)
         tell(f"measuring for {minutes:g} min")
         persona = Persona(name="clapper", engine="clapper", width=width, height=height)
         room = f"sync-{time.monotonic_ns()}"
@@ -191,123 +190,115 @@ async def sync(
             )
             async with Viewer(access.url, room, access.api_key, access.api_secret) as viewer:
                 await viewer.wait()
-                offsets, stalled = await _measure(session, viewer, minutes * 60, stall_after)
-                gaps = viewer.gaps()[25:]
+                measured = await _measure(session, viewer, minutes * 60, stall_after)
                 status = session.status()
-    values = np.array([value for _, value in offsets])
+    if not measured.seen:
+        raise VoipAvatarError("the viewer saw no flash and heard no beep: is the machine too busy?")
     found: dict[str, Any] = machine() | {
         "minutes": minutes,
-        "beeps": len(values),
-        "calibration": round(calibration * 1000, 1),
-        "offset_median": round(float(np.median(values)) * 1000, 1),
-        "offset_min": round(float(values.min()) * 1000, 1),
-        "offset_max": round(float(values.max()) * 1000, 1),
-        "corrected_median": round(float(np.median(values) - calibration) * 1000, 1),
-        **summary("gap", gaps),
+        "beeps": len(measured.seen),
+        **_spread("seen", [value for _, value in measured.seen]),
+        **_spread("source", [value for _, value in measured.source()]),
+        **summary("gap", measured.gaps),
         "underruns": status["room"]["underruns"],
         "late": status["counters"]["late"],
         "stalls": status["counters"]["stalls"],
     }
-    if stalled is not None:
-        after = np.array([value for when, value in offsets if when > stalled + 3.0])
-        found |= {
-            "after_stall_median": round(float(np.median(after)) * 1000, 1),
-            "after_stall_min": round(float(after.min()) * 1000, 1),
-            "after_stall_max": round(float(after.max()) * 1000, 1),
-        }
+    if measured.held is not None:
+        since = measured.held + 2.0
+        after = [value for at, value in measured.source() if at > since]
+        found |= _spread("after_stall", _smooth(after))
     return found
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running medians of five: the viewer's buffers are known by the second, not by the beep."""
+    return [float(np.median(values[i : i + 5])) for i in range(max(1, len(values) - 4))]
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    """Median and extremes, in milliseconds."""
+    ms = np.asarray(values) * 1000
+    if not len(ms):
+        return {}
+    return {
+        f"{name}_median": round(float(np.median(ms)), 1),
+        f"{name}_min": round(float(ms.min()), 1),
+        f"{name}_max": round(float(ms.max()), 1),
+    }
+
+
+@dataclass
+class _Measured:
+    """Offsets as seen, and what the viewer's buffers did at the time."""
+
+    seen: list[tuple[float, float]]
+    buffers: list[tuple[float, float]]
+    gaps: list[float]
+    held: float | None
+    """When the loop was let go again."""
+    stalls: list[float]
+    """When the machine itself held the stage."""
+
+    def source(self) -> list[tuple[float, float]]:
+        """Offsets less the viewer's buffers, where their state is known to the second, and not
+        around stalls of the machine."""
+        times = np.array([at for at, _ in self.buffers])
+        if not len(times):
+            return []
+        found = []
+        for at, value in self.seen:
+            nearest = int(np.argmin(np.abs(times - at)))
+            known = abs(times[nearest] - at) < 1.0
+            if known and not any(0 < at - stall + 1.0 < 4.0 for stall in self.stalls):
+                found.append((at, value - self.buffers[nearest][1]))
+        return found
 
 
 async def _measure(
     session: Session, viewer: Viewer, seconds: float, stall_after: float | None
-) -> tuple[list[tuple[float, float]], float | None]:
+) -> _Measured:
     """Beep for `seconds`, collecting offsets as they come, so that hours fit into memory."""
     turn = session.open_turn()
-    begin, pushed, stalled = time.monotonic(), 0.0, None
-    found: dict[float, float] = {}
+    begin, pushed = time.monotonic(), 0.0
+    held: float | None = None
+    stalls: list[float] = []
+    stalled = session.stage.counters.stalls
+    seen: dict[float, float] = {}
+    buffers: list[tuple[float, float]] = []
+    gaps: list[float] = []
     piece = beeps(10 * PERIOD)
+    await viewer.buffering()
     while time.monotonic() - begin < seconds:
         while pushed < time.monotonic() - begin + 2.0:
             turn.push(piece, FRAME_RATE)
             pushed += len(piece) / FRAME_RATE
-        await asyncio.sleep(0.5)
-        if stall_after is not None and stalled is None and time.monotonic() - begin > stall_after:
+        await asyncio.sleep(0.7)
+        if session.stage.counters.stalls > stalled:
+            stalled = session.stage.counters.stalls
+            stalls.append(time.monotonic())
+        if stall_after is not None and held is None and time.monotonic() - begin > stall_after:
             time.sleep(1.0)  # noqa: ASYNC251 - the stall is what is measured
-            stalled = time.monotonic() - 1.0
-        found.update(_settled(viewer))
-        del viewer.pictures[:-2000]
+            held = time.monotonic()
+            stalled += 1
+        delay = await viewer.buffering()
+        if delay is not None:
+            buffers.append((time.monotonic() - 0.35, delay))
+        seen.update(_settled(viewer))
+        if len(viewer.pictures) > 2000:
+            gaps.extend(viewer.gaps()[:1500])
+            del viewer.pictures[:1500]
     turn.cancel()
     await turn.finished
     await asyncio.sleep(0.5)
-    found.update(_settled(viewer))
-    return sorted(found.items()), stalled
+    seen.update(_settled(viewer))
+    gaps.extend(viewer.gaps())
+    return _Measured(sorted(seen.items()), buffers, gaps[25:], held, stalls)
 
 
 def _settled(viewer: Viewer) -> dict[float, float]:
-    """Offsets of the beeps in the last minute, by beep time rounded so that each counts once."""
+    """Offsets of the beeps that are kept, by rounded time so that each counts once."""
     return {round(when / PERIOD * 2) * PERIOD / 2: value for when, value in viewer.offsets()}
-
-
-async def _calibrate(access: LiveKitServer, width: int, height: int) -> float:
-    """The offset that the viewer sees of picture and sound handed over in the same instant."""
-    name = f"calibrate-{time.monotonic_ns()}"
-    room = rtc.Room()
-    token = (
-        api.AccessToken(access.api_key, access.api_secret)
-        .with_identity("reference")
-        .with_grants(api.VideoGrants(room_join=True, room=name))
-        .to_jwt()
-    )
-    await connect(room, access.url, token, rtc.RoomOptions(connect_timeout=15.0))
-    audio, video = rtc.AudioSource(FRAME_RATE, 1, queue_size_ms=0), rtc.VideoSource(width, height)
-    try:
-        local = room.local_participant
-        await local.publish_track(
-            rtc.LocalAudioTrack.create_audio_track("sound", audio),
-            rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE, dtx=False),
-        )
-        await local.publish_track(
-            rtc.LocalVideoTrack.create_video_track("picture", video),
-            rtc.TrackPublishOptions(
-                source=rtc.TrackSource.SOURCE_CAMERA,
-                simulcast=False,
-                video_encoding=rtc.VideoEncoding(max_bitrate=2_500_000, max_framerate=25),
-            ),
-        )
-        async with Viewer(
-            access.url, name, access.api_key, access.api_secret, publisher="reference"
-        ) as viewer:
-            play = asyncio.create_task(_reference(audio, video, width, height), name="reference")
-            try:
-                await viewer.wait()
-                await asyncio.sleep(16.0)
-            finally:
-                play.cancel()
-                await asyncio.gather(play, return_exceptions=True)
-            values = [value for _, value in viewer.offsets()][3:]
-    finally:
-        await room.disconnect()
-        await audio.aclose()
-        await video.aclose()
-    return float(np.median(values)) if values else 0.0
-
-
-async def _reference(
-    audio: rtc.AudioSource, video: rtc.VideoSource, width: int, height: int
-) -> None:
-    """Every 10 ms its sound, straight to the encoder; every 40 ms the picture, in that instant."""
-    dark, white = i420(height, width, (40, 40, 40)), i420(height, width, (255, 255, 255))
-    pcm = beeps(10 * PERIOD)
-    begin, step = time.monotonic(), FRAME_RATE // 100
-    for i in itertools.count():
-        await asyncio.sleep(max(0.0, begin + i * 0.01 - time.monotonic()))
-        first = slice_start(i, FRAME_RATE, 100) % len(pcm)
-        own = pcm[first : first + step]
-        if i % 4 == 0:
-            image = white if np.abs(own).max() > 1000 else dark
-            frame = rtc.VideoFrame(width, height, rtc.VideoBufferType.I420, image.reshape(-1).data)
-            video.capture_frame(frame)
-        await audio.capture_frame(rtc.AudioFrame(own.tobytes(), FRAME_RATE, 1, step))
 
 
 class _Server:

@@ -458,6 +458,7 @@ async def _with_signals(
                 end_now()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        _err.print("stopping; once more stops at once")
         asked = True
         task.cancel()
 

@@ -180,6 +180,7 @@ class Session:
         self._voices = voices
         self._run: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._warm: asyncio.Task[None] | None = None
         self._texts: dict[int, tuple[Utterance, str, tuple[VoiceChoice, ...]]] = {}
         self._fillers: dict[int, asyncio.Task[None]] = {}
         self._utterances: dict[int, Utterance] = {}
@@ -363,6 +364,7 @@ class Session:
     def start(self) -> None:
         """Put the stage on air. Called by the studio."""
         self._run = asyncio.create_task(self.stage.run(), name=f"stage-{self.id}")
+        self._warm = asyncio.create_task(self._warming(), name=f"warm-{self.id}")
         self._watch = asyncio.create_task(self._watching(self._run), name=f"watch-{self.id}")
 
     async def aclose(self, drain: float = 0.0) -> None:
@@ -377,7 +379,8 @@ class Session:
         if waiting and drain > 0:
             await asyncio.wait(waiting, timeout=drain)
         self.stage.close()
-        tasks = [task for task in (self._watch, self._run, *self._fillers.values()) if task]
+        own = (self._watch, self._warm, self._run, *self._fillers.values())
+        tasks = [task for task in own if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -390,6 +393,13 @@ class Session:
         self._studio.forget(self)
         self.emit("closed", error=self.failure)
         self.closed.set()
+
+    async def _warming(self) -> None:
+        """Load the voice now, so that the first sentence needn't wait for it."""
+        try:
+            await self._studio.voice(self._voices)
+        except Exception as error:  # whoever speaks first is told; sound needs no voice
+            logger.warning("the voice is not there", extra={"error": type(error).__name__})
 
     async def _watching(self, run: asyncio.Task[None]) -> None:
         """A stage that fails is told, never silently gone."""
@@ -590,7 +600,10 @@ class Studio:
         key = json.dumps([choice.model_dump() for choice in choices], sort_keys=True)
         if key not in self._voices:
             made = await asyncio.to_thread(make_voice, choices, self.settings)
-            self._voices.setdefault(key, made)
+            if self._voices.setdefault(key, made) is made:
+                made.prewarm()
+            else:
+                await made.aclose()
         return self._voices[key]
 
     def forget(self, session: Session) -> None:

@@ -72,6 +72,8 @@ class Viewer:
         self._sound_end = 0
         self._offsets: deque[tuple[int, float]] = deque()  # sample number, arrival - number / rate
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tracks: dict[str, rtc.Track] = {}
+        self._buffers: dict[str, tuple[float, int]] = {}
 
     async def __aenter__(self) -> Viewer:
         self.room.on("track_subscribed", self._subscribed)
@@ -108,6 +110,7 @@ class Viewer:
     ) -> None:
         if participant.identity != self._publisher:
             return
+        self._tracks["sound" if track.kind == rtc.TrackKind.KIND_AUDIO else "picture"] = track
         read = self._listen if track.kind == rtc.TrackKind.KIND_AUDIO else self._watch
         name = f"viewer-{track.sid}"
         task = asyncio.get_running_loop().create_task(read(track), name=name)
@@ -207,6 +210,25 @@ class Viewer:
                 if abs(nearest - beep) < 0.3:
                     pairs.append((beep, nearest - beep))
         return pairs
+
+    async def buffering(self) -> float | None:
+        """Seconds by which this viewer's own jitter buffers delayed the picture more than the
+        sound since the last call; None where WebRTC has nothing to tell. What it sees less this
+        is what was sent."""
+        delays: dict[str, float] = {}
+        for kind, track in self._tracks.items():
+            for stat in await asyncio.wait_for(track.get_stats(), 5.0):
+                if stat.WhichOneof("stats") != "inbound_rtp":
+                    continue
+                inbound = stat.inbound_rtp.inbound
+                now = (inbound.jitter_buffer_delay, inbound.jitter_buffer_emitted_count)
+                then = self._buffers.get(kind, (0.0, 0))
+                self._buffers[kind] = now
+                if now[1] > then[1]:
+                    delays[kind] = (now[0] - then[0]) / (now[1] - then[1])
+        if len(delays) < 2:
+            return None
+        return delays["picture"] - delays["sound"]
 
     def gaps(self) -> list[float]:
         """Seconds between successive pictures."""

@@ -475,9 +475,7 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
     p.multiply((0.62, 0.45, 0.45), lips * 0.55 * np.exp(-((away / 0.030) ** 2)))
     p.multiply((0.72, 0.55, 0.52), 0.9 * p.line(features.seam, 0.006, 0.006))
     p.multiply((0.86, 0.82, 0.82), lips * 0.5 * (p.y > seam_y))
-    folds = gaussian_filter(
-        p.rng.standard_normal((PAINT_SIZE, PAINT_SIZE)), (22, 2.2)
-    )
+    folds = gaussian_filter(p.rng.standard_normal((PAINT_SIZE, PAINT_SIZE)), (22, 2.2))
     folds /= folds.std()
     p.relief += 0.28 * folds * lips
     p.rough = p.rough - 0.14 * lips
@@ -492,7 +490,9 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
         p.multiply((0.72, 0.52, 0.42), spots * 0.5)
     if look.stubble:
         beard = smooth(0.02, -0.35, p.y - mouth_y) * 0.7
-        beard = np.maximum(beard, smooth(0.42, 0.75, np.abs(p.x)) * smooth(0.35, 0.0, p.y - mouth_y))
+        beard = np.maximum(
+            beard, smooth(0.42, 0.75, np.abs(p.x)) * smooth(0.35, 0.0, p.y - mouth_y)
+        )
         beard = np.maximum(beard, 0.8 * p.blob(0.0, mouth_y + 0.17, 0.30, 0.07, mirror=False))
         beard *= 1 - wide
         grain = 0.75 + 0.25 * p.noise(0.004)
@@ -556,9 +556,11 @@ def paint_eye(look: Look, iris: float) -> F:
     # Fibres: noise stretched along the radius.
     around, out = 900, 96
     fibre = gaussian_filter(rng.standard_normal((out, around)), (14, 1.6), mode=("nearest", "wrap"))
-    fibre += 0.6 * gaussian_filter(
-        rng.standard_normal((out, around)), (7, 5.0), mode=("nearest", "wrap")
-    ) * 3
+    fibre += (
+        0.6
+        * gaussian_filter(rng.standard_normal((out, around)), (7, 5.0), mode=("nearest", "wrap"))
+        * 3
+    )
     fibre /= fibre.std()
     value = map_coordinates(
         fibre,
@@ -621,9 +623,7 @@ def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
             polar = np.linspace(1e-4, math.pi * 0.75, rings)
             turn = np.arange(spokes) / spokes * 2 * math.pi
             s, c = np.sin(polar)[:, None], np.cos(polar)[:, None]
-            local = np.stack(
-                [s * np.cos(turn), s * np.sin(turn), c * np.ones(spokes)], axis=-1
-            )
+            local = np.stack([s * np.cos(turn), s * np.sin(turn), c * np.ones(spokes)], axis=-1)
             if name == "ball":
                 dip = smooth(rim * 1.0, rim * 0.45, polar)[:, None]
                 local[..., 2] -= 0.05 * dip
@@ -722,9 +722,7 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     tree = cKDTree(obstacles)
     steps = 64 if hair.style in ("long", "bob") else 40
     guides = min(len(roots), 4500)
-    side = np.where(
-        roots[:, 0] + 0.02 * rng.standard_normal(len(roots)) > hair.part, 1.0, -1.0
-    )
+    side = np.where(roots[:, 0] + 0.02 * rng.standard_normal(len(roots)) > hair.part, 1.0, -1.0)
     grown = comb_guides(
         look, roots[:guides], out[:guides], inside[:guides], side[:guides], steps, eye_y,
         tree, normals, rng,
@@ -772,7 +770,9 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     paths = flat.reshape(paths.shape)
     paths[:, 0] = roots - out * 0.01
 
-    taper = hair.radius * (1 - 0.75 * smooth(0.55, 1.0, along)) * (0.55 + 0.45 * smooth(0, 0.1, along))
+    taper = (
+        hair.radius * (1 - 0.75 * smooth(0.55, 1.0, along)) * (0.55 + 0.45 * smooth(0, 0.1, along))
+    )
     coloured = hair_material("hair", look, hair.melanin, hair.redness)
     white = hair_material("grey", look, 0.06, 0.1)
     which = (rng.random(len(roots)) < hair.grey).astype(int)
@@ -871,7 +871,11 @@ def grow_brows(look: Look, features: Features, surface: Surface) -> None:
         for _ in range(look.brow_count):
             t = rng.beta(1.05, 1.15)
             k = min(int(t * 40), 40)
-            width = look.brow_width * (1.0 - 0.62 * smooth(0.55, 1.0, t)) * (0.62 + 0.38 * smooth(0.0, 0.3, t))
+            width = (
+                look.brow_width
+                * (1.0 - 0.62 * smooth(0.55, 1.0, t))
+                * (0.62 + 0.38 * smooth(0.0, 0.3, t))
+            )
             v = rng.uniform(-1, 1)
             root = line[k] + (line[min(k + 1, 40)] - line[k]) * (t * 40 - k)
             x, y = root[0], root[1] + v * width - 0.012
@@ -1117,7 +1121,9 @@ def backdrop(look: Look, height: int, width: int) -> F:
         tone = dark * rng.uniform(0.4, 1.6) + rng.uniform(0, 0.10, 3) * light
         box(left, shelf - tall, left + rng.uniform(0.015, 0.04), shelf, tone, 0.9)
     blur = 0.030 * height
-    room = np.stack([gaussian_filter(room[..., k], blur, mode="nearest") for k in range(3)], axis=-1)
+    room = np.stack(
+        [gaussian_filter(room[..., k], blur, mode="nearest") for k in range(3)], axis=-1
+    )
     for _ in range(9):
         cx, cy = rng.uniform(0.95, 1.75), rng.uniform(0.02, 0.5)
         r = rng.uniform(0.018, 0.042)

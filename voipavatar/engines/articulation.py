@@ -157,7 +157,9 @@ def _tables() -> tuple[Float64, Float64]:
         for j, parameter in enumerate(names):
             # A consonant leaves the vowels' lip shape alone; closures and tongue end with the sound.
             loose = parameter in ("width", "round") and name not in _VOWELS
-            targets[i, j], firmness[i, j] = _WANTS[name].get(parameter, (0.0, 0.1 if loose else 0.5))
+            targets[i, j], firmness[i, j] = _WANTS[name].get(
+                parameter, (0.0, 0.1 if loose else 0.5)
+            )
     return targets, firmness
 
 
@@ -415,7 +417,9 @@ class Articulator:
     def __init__(self, fps: int = 25, weights: Path | None = None) -> None:
         """ConfigError for a frame rate outside 20 to 60, EngineError for weights that can't be read."""
         if not 20 <= check_fps(fps) <= 60:
-            raise ConfigError(f"fps {fps} can't be used: take one of 20, 24, 25, 30, 40, 48, 50, 60")
+            raise ConfigError(
+                f"fps {fps} can't be used: take one of 20, 24, 25, 30, 40, 48, 50, 60"
+            )
         self.fps = fps
         self.lookahead = LOOKAHEAD
         self._listener = _Listener(load_weights(weights))
