@@ -180,9 +180,11 @@ _CUE_FADE = 0.04  # s
 
 # --- features -------------------------------------------------------------------------------------
 
-_FLOOR = 1e-4  # of the peak: what lies 40 dB below it doesn't count
-_PEAK_START = 0.1  # mean mel power of soft speech (RMS about 0.01)
-_PEAK_LEAST = 2e-3
+_FLOOR = 1e-3  # of a band's mean in speech: what lies 30 dB below it doesn't count
+_HUSH = 1e-4  # of the peak: the same for loudness
+_EMPHASIS = 0.97  # speech falls with frequency; the bands are taken from its first difference
+_PEAK_START = 0.25  # the loudness of soft speech
+_PEAK_LEAST = 4e-3
 _VOICED = 0.018  # of the peak: -17 dB
 _DECAY_VOICED = math.exp(-0.008)
 _DECAY_QUIET = math.exp(-0.001)
@@ -191,13 +193,19 @@ _MEAN_SPAN = 250.0  # steps that the voice's own mean is taken over
 
 
 def _mel_filters() -> Float32:
-    """Triangles from 60 to 7600 Hz on the mel scale of O'Shaughnessy, (BANDS, FFT / 2 + 1)."""
+    """Triangles from 60 to 7600 Hz on the mel scale of O'Shaughnessy, (BANDS + 1, FFT / 2 + 1).
+
+    The last row is loudness: the mean power from 100 to 4000 Hz, without emphasis.
+    """
     low, high = (2595.0 * math.log10(1.0 + f / 700.0) for f in (60.0, 7600.0))
     edges = 700.0 * (10.0 ** (np.linspace(low, high, BANDS + 2) / 2595.0) - 1.0)
     bins = np.arange(_FFT // 2 + 1) * (ENGINE_RATE / _FFT)
     up = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     down = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     filters = np.maximum(0.0, np.minimum(up, down))
+    filters *= 1.0 + _EMPHASIS**2 - 2.0 * _EMPHASIS * np.cos(2.0 * math.pi * bins / ENGINE_RATE)
+    loud = (bins >= 100.0) & (bins <= 4000.0)
+    filters = np.vstack((filters, loud / loud.sum()))
     return np.ascontiguousarray(filters, np.float32)
 
 
@@ -206,7 +214,7 @@ _HANN = np.hanning(_WINDOW + 1)[:_WINDOW].astype(np.float32)
 
 
 def mel_power(windows: Float32) -> Float32:
-    """Mel band powers, (n, BANDS), of windows of 400 samples, (n, 400)."""
+    """Mel band powers and loudness, (n, BANDS + 1), of windows of 400 samples, (n, 400)."""
     spectrum = np.fft.rfft(windows * _HANN, _FFT)
     power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
     return np.asarray(power @ _MEL.T, np.float32)
@@ -217,25 +225,27 @@ class Normaliser:
 
     def __init__(self, mean: Float32, scale: Float32) -> None:
         """`mean` and `scale`: the training's voiced log spectrum below its peak, (BANDS,) each."""
-        self._mean = mean
+        self._whiten = np.exp(-mean).astype(np.float32)
         self._inverse = (1.0 / scale).astype(np.float32)
         self._peak = _PEAK_START
         self._offset = np.zeros(BANDS, np.float32)
         self._voiced = 0.0
-        self.loudness = math.log(_FLOOR)
+        self.loudness = math.log(_HUSH)
         """Log power of the last step below the peak."""
 
     def step(self, power: Float32, out: Float32) -> None:
-        """One step's mel powers, (BANDS,), to its features, (BANDS + 1,), written to `out`."""
-        total = float(power.sum()) / BANDS
-        decay = _DECAY_VOICED if total > _VOICED * self._peak else _DECAY_QUIET
-        self._peak = max(total, self._peak * decay, _PEAK_LEAST)
-        relative = np.log(power * np.float32(1.0 / self._peak) + np.float32(_FLOOR)) - self._mean
-        if total > _VOICED * self._peak:
+        """One step of `mel_power`, (BANDS + 1,), to its features, (BANDS + 1,), written to `out`."""
+        total = float(power[BANDS])
+        voiced = total > _VOICED * self._peak
+        self._peak = max(total, self._peak * (_DECAY_VOICED if voiced else _DECAY_QUIET), _PEAK_LEAST)
+        relative = power[:BANDS] * self._whiten
+        relative *= np.float32(1.0 / self._peak)
+        relative += np.float32(_FLOOR)
+        np.log(relative, out=relative)
+        if voiced:
             self._voiced = min(self._voiced + 1.0, _MEAN_SPAN)
-            rate = np.float32(1.0 / (self._voiced + _MEAN_PRIOR))
-            self._offset += rate * (relative - self._offset)
-        self.loudness = math.log(total / self._peak + _FLOOR)
+            self._offset += np.float32(1.0 / (self._voiced + _MEAN_PRIOR)) * (relative - self._offset)
+        self.loudness = math.log(total / self._peak + _HUSH)
         np.multiply(relative - self._offset, self._inverse, out=out[:BANDS])
         out[BANDS] = (self.loudness + 3.0) / 3.0
 
