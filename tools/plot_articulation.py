@@ -84,9 +84,10 @@ def measure(spoken: Sequence[voices.Spoken], cued: bool, fps: int, weights: Path
     turns = np.mean([np.sum(np.diff(np.sign(np.diff(r[:, 0]))) != 0) / len(r) * fps for r in rows])
     lags = " ".join(f"{lag * 1000 // fps:+d}:{value:.2f}" for lag, value in by_lag.items())
     return (
-        f"jaw r {by_lag[best]:.2f} at {best * 1000 // fps:+d} ms ({lags}); bilabials shut {met}/{total}, "
-        f"pressed where there is none {false}/{pressed}; jaw mean {jaw.mean():.2f}, "
-        f"90 % {np.quantile(jaw, 0.9):.2f}, most {jaw.max():.2f}; {turns:.1f} turns a second"
+        f"jaw r {by_lag[best]:.2f} at {best * 1000 // fps:+d} ms ({lags}); "
+        f"bilabials shut {met}/{total}, pressed where there is none {false}/{pressed}; "
+        f"jaw mean {jaw.mean():.2f}, 90 % {np.quantile(jaw, 0.9):.2f}, most {jaw.max():.2f}; "
+        f"{turns:.1f} turns a second"
     )
 
 

@@ -36,11 +36,11 @@ from ..media import ENGINE_RATE, Cue, Float32, check_fps, frames_for, slice_star
 Float64 = npt.NDArray[np.float64]
 
 PARAMETERS = ("jaw", "width", "round", "press", "tuck", "teeth", "tongue", "level")
-"""The columns of a row, each 0 to 1: jaw opening, corners apart, lips rounded, lips pressed together,
-lower lip under the upper teeth, teeth shown, tongue raised, loudness of the speech."""
+"""The columns of a row, each 0 to 1: jaw opening, corners apart, lips rounded, lips pressed
+together, lower lip under the upper teeth, teeth shown, tongue raised, loudness of the speech."""
 
 CLASSES = ("sil", "PP", "FF", "TH", "DD", "kk", "CH", "SS", "RR", "aa", "E", "I", "O", "U", "ax")
-"""Mouth classes: the usual visemes without `nn`, which looks like `DD`, and with a neutral vowel."""
+"""Mouth classes: the usual visemes without `nn`, which looks like `DD`, and a neutral vowel."""
 
 WEIGHTS = Path(__file__).with_name("articulation.npz")
 """The weights that come with the package."""
@@ -155,9 +155,11 @@ def _tables() -> tuple[Float64, Float64]:
     firmness = np.zeros_like(targets)
     for i, name in enumerate(CLASSES):
         for j, parameter in enumerate(names):
-            # A consonant leaves the vowels' lip shape alone; closures and tongue end with the sound.
+            # A consonant leaves the vowels' lip shape alone; closures end with their sound.
             loose = parameter in ("width", "round") and name not in _VOWELS
-            targets[i, j], firmness[i, j] = _WANTS[name].get(parameter, (0.0, 0.1 if loose else 0.5))
+            targets[i, j], firmness[i, j] = _WANTS[name].get(
+                parameter, (0.0, 0.1 if loose else 0.5)
+            )
     return targets, firmness
 
 
@@ -166,12 +168,12 @@ _ASKED = np.ascontiguousarray((_TARGETS * _FIRMNESS).T)  # (7, classes)
 _WEIGHT = np.ascontiguousarray(_FIRMNESS.T)
 
 JAW: dict[str, float] = {name: float(_TARGETS[i, 0]) for i, name in enumerate(CLASSES)}
-"""Jaw opening that each class asks for: the reference that a drawn mouth's opening is held against."""
+"""Jaw opening that each class asks for: what a drawn mouth's opening can be held against."""
 
 _SIL = CLASSES.index("sil")
 _HOLD = 0.35  # how much the last target counts against a new one
 _RISE = 2 * math.pi * np.array([8.0, 9.0, 9.0, 14.0, 14.0, 10.0, 10.0])  # rad/s, by parameter
-_FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 12.0, 12.0, 10.0, 10.0])
+_FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 16.0, 14.0, 10.0, 10.0])
 _STEP = HOP / ENGINE_RATE
 _QUIET = 12  # steps of silence after which the mouth goes to rest
 _SNAP = 2e-3  # below this a resting parameter is 0
@@ -188,8 +190,8 @@ _PEAK_LEAST = 4e-3
 _VOICED = 0.018  # of the peak: -17 dB
 _DECAY_VOICED = math.exp(-0.008)
 _DECAY_QUIET = math.exp(-0.001)
-_MEAN_PRIOR = 60.0  # steps that the training's mean spectrum counts for
-_MEAN_SPAN = 250.0  # steps that the voice's own mean is taken over
+_MEAN_PRIOR = 300.0  # steps that the training's mean spectrum counts for
+_MEAN_SPAN = 300.0  # steps that the voice's own mean is taken over
 
 
 def _mel_filters() -> Float32:
@@ -234,17 +236,21 @@ class Normaliser:
         """Log power of the last step below the peak."""
 
     def step(self, power: Float32, out: Float32) -> None:
-        """One step of `mel_power`, (BANDS + 1,), to its features, (BANDS + 1,), written to `out`."""
+        """One step of `mel_power` to its features, both (BANDS + 1,), written to `out`."""
         total = float(power[BANDS])
         voiced = total > _VOICED * self._peak
-        self._peak = max(total, self._peak * (_DECAY_VOICED if voiced else _DECAY_QUIET), _PEAK_LEAST)
+        self._peak = max(
+            total, self._peak * (_DECAY_VOICED if voiced else _DECAY_QUIET), _PEAK_LEAST
+        )
         relative = power[:BANDS] * self._whiten
         relative *= np.float32(1.0 / self._peak)
         relative += np.float32(_FLOOR)
         np.log(relative, out=relative)
         if voiced:
             self._voiced = min(self._voiced + 1.0, _MEAN_SPAN)
-            self._offset += np.float32(1.0 / (self._voiced + _MEAN_PRIOR)) * (relative - self._offset)
+            self._offset += np.float32(1.0 / (self._voiced + _MEAN_PRIOR)) * (
+                relative - self._offset
+            )
         self.loudness = math.log(total / self._peak + _HUSH)
         np.multiply(relative - self._offset, self._inverse, out=out[:BANDS])
         out[BANDS] = (self.loudness + 3.0) / 3.0
@@ -423,9 +429,11 @@ class Articulator:
     """
 
     def __init__(self, fps: int = 25, weights: Path | None = None) -> None:
-        """ConfigError for a frame rate outside 20 to 60, EngineError for weights that can't be read."""
+        """ConfigError for a rate outside 20 to 60, EngineError for weights that can't be read."""
         if not 20 <= check_fps(fps) <= 60:
-            raise ConfigError(f"fps {fps} can't be used: take one of 20, 24, 25, 30, 40, 48, 50, 60")
+            raise ConfigError(
+                f"fps {fps} can't be used: take one of 20, 24, 25, 30, 40, 48, 50, 60"
+            )
         self.fps = fps
         self.lookahead = LOOKAHEAD
         self._listener = _Listener(load_weights(weights))
@@ -446,7 +454,7 @@ class Articulator:
         self._cues: list[tuple[float, float, int]] = []  # start, end, class; by start
 
     def cue(self, cues: Sequence[Cue]) -> None:
-        """Phonemes of this turn, known from its voice; they outweigh what is heard, but for loudness.
+        """Phonemes of this turn, from its voice; they outweigh what is heard, but for loudness.
 
         Before or after their sound, as long as it is before the row is made. Words and gestures
         are passed over.
