@@ -1,4 +1,4 @@
-"""The mouth's parameters: the contract, the network on real synthetic speech, and what must be seen.
+"""The mouth's parameters: the contract, the network on synthetic speech, what must be seen.
 
 Speech comes from espeak-ng and from the Piper voice, which the demo's packages carry.
 """

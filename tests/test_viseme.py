@@ -366,7 +366,7 @@ def test_speaking_up_moves_head_and_brows(engine: VisemeEngine, avatar: Avatar) 
     added = np.stack([job.data.head - life.head(job.clock) for job in jobs])
     assert np.abs(added[:, HEAD.index("pitch")]).max() > 1e-3
     assert added[:, HEAD.index("brow")].max() > 0.02
-    assert np.abs(np.diff(added, axis=0)).max() < 0.12
+    assert np.abs(np.diff(added, axis=0)).max() < 0.06
 
 
 def test_speech_takes_over_gently_and_lets_go(engine: VisemeEngine, avatar: Avatar) -> None:

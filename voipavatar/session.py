@@ -467,7 +467,7 @@ class Studio:
         self.settings = settings or Settings.from_env()
         self.sessions: dict[str, Session] = {}
         self._renderers: dict[str, Renderer] = {}
-        self._voices: dict[str, tts.TTS[Any]] = {}
+        self._voices: dict[str, asyncio.Task[tts.TTS[Any]]] = {}
         self._rented: dict[str, Renderer] = {}
         self._lock = asyncio.Lock()
         self._preparing: dict[str, asyncio.Lock] = {}
@@ -594,17 +594,21 @@ class Studio:
             return await renderer.prepare(source, target, options, progress or _quiet)
 
     async def voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
-        """The voice of these choices, loaded once."""
+        """The voice of these choices, loaded once. ConfigError when none of them is there."""
+        key = json.dumps([choice.model_dump() for choice in choices], sort_keys=True)
+        task = self._voices.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = asyncio.create_task(self._make_voice(choices), name="studio-voice")
+            self._voices[key] = task
+        # Whoever asked may leave; the voice is made all the same, and closed with the studio.
+        return await asyncio.shield(task)
+
+    async def _make_voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
         from .speech import make_voice
 
-        key = json.dumps([choice.model_dump() for choice in choices], sort_keys=True)
-        if key not in self._voices:
-            made = await asyncio.to_thread(make_voice, choices, self.settings)
-            if self._voices.setdefault(key, made) is made:
-                made.prewarm()
-            else:
-                await made.aclose()
-        return self._voices[key]
+        voice = await asyncio.to_thread(make_voice, choices, self.settings)
+        voice.prewarm()
+        return voice
 
     def forget(self, session: Session) -> None:
         """Called by a session that closed."""
@@ -634,8 +638,9 @@ class Studio:
         self._closed = True
         await asyncio.gather(*(one.aclose(drain) for one in list(self.sessions.values())))
         voices, self._voices = self._voices, {}
-        for voice in voices.values():
-            await voice.aclose()
+        for made in await asyncio.gather(*voices.values(), return_exceptions=True):
+            if not isinstance(made, BaseException):  # those were told to who asked for them
+                await made.aclose()
         renderers, self._renderers = self._renderers, {}
         for renderer in renderers.values():
             await renderer.aclose()

@@ -36,11 +36,11 @@ from ..media import ENGINE_RATE, Cue, Float32, check_fps, frames_for, slice_star
 Float64 = npt.NDArray[np.float64]
 
 PARAMETERS = ("jaw", "width", "round", "press", "tuck", "teeth", "tongue", "level")
-"""The columns of a row, each 0 to 1: jaw opening, corners apart, lips rounded, lips pressed together,
-lower lip under the upper teeth, teeth shown, tongue raised, loudness of the speech."""
+"""The columns of a row, each 0 to 1: jaw opening, corners apart, lips rounded, lips pressed
+together, lower lip under the upper teeth, teeth shown, tongue raised, loudness of the speech."""
 
 CLASSES = ("sil", "PP", "FF", "TH", "DD", "kk", "CH", "SS", "RR", "aa", "E", "I", "O", "U", "ax")
-"""Mouth classes: the usual visemes without `nn`, which looks like `DD`, and with a neutral vowel."""
+"""Mouth classes: the usual visemes without `nn`, which looks like `DD`, and a neutral vowel."""
 
 WEIGHTS = Path(__file__).with_name("articulation.npz")
 """The weights that come with the package."""
@@ -155,7 +155,7 @@ def _tables() -> tuple[Float64, Float64]:
     firmness = np.zeros_like(targets)
     for i, name in enumerate(CLASSES):
         for j, parameter in enumerate(names):
-            # A consonant leaves the vowels' lip shape alone; closures and tongue end with the sound.
+            # A consonant leaves the vowels' lip shape alone; closures end with their sound.
             loose = parameter in ("width", "round") and name not in _VOWELS
             targets[i, j], firmness[i, j] = _WANTS[name].get(
                 parameter, (0.0, 0.1 if loose else 0.5)
@@ -168,12 +168,12 @@ _ASKED = np.ascontiguousarray((_TARGETS * _FIRMNESS).T)  # (7, classes)
 _WEIGHT = np.ascontiguousarray(_FIRMNESS.T)
 
 JAW: dict[str, float] = {name: float(_TARGETS[i, 0]) for i, name in enumerate(CLASSES)}
-"""Jaw opening that each class asks for: the reference that a drawn mouth's opening is held against."""
+"""Jaw opening that each class asks for: what a drawn mouth's opening can be held against."""
 
 _SIL = CLASSES.index("sil")
 _HOLD = 0.35  # how much the last target counts against a new one
 _RISE = 2 * math.pi * np.array([8.0, 9.0, 9.0, 14.0, 14.0, 10.0, 10.0])  # rad/s, by parameter
-_FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 12.0, 12.0, 10.0, 10.0])
+_FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 16.0, 14.0, 10.0, 10.0])
 _STEP = HOP / ENGINE_RATE
 _QUIET = 12  # steps of silence after which the mouth goes to rest
 _SNAP = 2e-3  # below this a resting parameter is 0
@@ -182,24 +182,32 @@ _CUE_FADE = 0.04  # s
 
 # --- features -------------------------------------------------------------------------------------
 
-_FLOOR = 1e-4  # of the peak: what lies 40 dB below it doesn't count
-_PEAK_START = 0.1  # mean mel power of soft speech (RMS about 0.01)
-_PEAK_LEAST = 2e-3
+_FLOOR = 1e-3  # of a band's mean in speech: what lies 30 dB below it doesn't count
+_HUSH = 1e-4  # of the peak: the same for loudness
+_EMPHASIS = 0.97  # speech falls with frequency; the bands are taken from its first difference
+_PEAK_START = 0.25  # the loudness of soft speech
+_PEAK_LEAST = 4e-3
 _VOICED = 0.018  # of the peak: -17 dB
 _DECAY_VOICED = math.exp(-0.008)
 _DECAY_QUIET = math.exp(-0.001)
-_MEAN_PRIOR = 60.0  # steps that the training's mean spectrum counts for
-_MEAN_SPAN = 250.0  # steps that the voice's own mean is taken over
+_MEAN_PRIOR = 300.0  # steps that the training's mean spectrum counts for
+_MEAN_SPAN = 300.0  # steps that the voice's own mean is taken over
 
 
 def _mel_filters() -> Float32:
-    """Triangles from 60 to 7600 Hz on the mel scale of O'Shaughnessy, (BANDS, FFT / 2 + 1)."""
+    """Triangles from 60 to 7600 Hz on the mel scale of O'Shaughnessy, (BANDS + 1, FFT / 2 + 1).
+
+    The last row is loudness: the mean power from 100 to 4000 Hz, without emphasis.
+    """
     low, high = (2595.0 * math.log10(1.0 + f / 700.0) for f in (60.0, 7600.0))
     edges = 700.0 * (10.0 ** (np.linspace(low, high, BANDS + 2) / 2595.0) - 1.0)
     bins = np.arange(_FFT // 2 + 1) * (ENGINE_RATE / _FFT)
     up = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     down = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     filters = np.maximum(0.0, np.minimum(up, down))
+    filters *= 1.0 + _EMPHASIS**2 - 2.0 * _EMPHASIS * np.cos(2.0 * math.pi * bins / ENGINE_RATE)
+    loud = (bins >= 100.0) & (bins <= 4000.0)
+    filters = np.vstack((filters, loud / loud.sum()))
     return np.ascontiguousarray(filters, np.float32)
 
 
@@ -208,7 +216,7 @@ _HANN = np.hanning(_WINDOW + 1)[:_WINDOW].astype(np.float32)
 
 
 def mel_power(windows: Float32) -> Float32:
-    """Mel band powers, (n, BANDS), of windows of 400 samples, (n, 400)."""
+    """Mel band powers and loudness, (n, BANDS + 1), of windows of 400 samples, (n, 400)."""
     spectrum = np.fft.rfft(windows * _HANN, _FFT)
     power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
     return np.asarray(power @ _MEL.T, np.float32)
@@ -219,25 +227,31 @@ class Normaliser:
 
     def __init__(self, mean: Float32, scale: Float32) -> None:
         """`mean` and `scale`: the training's voiced log spectrum below its peak, (BANDS,) each."""
-        self._mean = mean
+        self._whiten = np.exp(-mean).astype(np.float32)
         self._inverse = (1.0 / scale).astype(np.float32)
         self._peak = _PEAK_START
         self._offset = np.zeros(BANDS, np.float32)
         self._voiced = 0.0
-        self.loudness = math.log(_FLOOR)
+        self.loudness = math.log(_HUSH)
         """Log power of the last step below the peak."""
 
     def step(self, power: Float32, out: Float32) -> None:
-        """One step's mel powers, (BANDS,), to its features, (BANDS + 1,), written to `out`."""
-        total = float(power.sum()) / BANDS
-        decay = _DECAY_VOICED if total > _VOICED * self._peak else _DECAY_QUIET
-        self._peak = max(total, self._peak * decay, _PEAK_LEAST)
-        relative = np.log(power * np.float32(1.0 / self._peak) + np.float32(_FLOOR)) - self._mean
-        if total > _VOICED * self._peak:
+        """One step of `mel_power` to its features, both (BANDS + 1,), written to `out`."""
+        total = float(power[BANDS])
+        voiced = total > _VOICED * self._peak
+        self._peak = max(
+            total, self._peak * (_DECAY_VOICED if voiced else _DECAY_QUIET), _PEAK_LEAST
+        )
+        relative = power[:BANDS] * self._whiten
+        relative *= np.float32(1.0 / self._peak)
+        relative += np.float32(_FLOOR)
+        np.log(relative, out=relative)
+        if voiced:
             self._voiced = min(self._voiced + 1.0, _MEAN_SPAN)
-            rate = np.float32(1.0 / (self._voiced + _MEAN_PRIOR))
-            self._offset += rate * (relative - self._offset)
-        self.loudness = math.log(total / self._peak + _FLOOR)
+            self._offset += np.float32(1.0 / (self._voiced + _MEAN_PRIOR)) * (
+                relative - self._offset
+            )
+        self.loudness = math.log(total / self._peak + _HUSH)
         np.multiply(relative - self._offset, self._inverse, out=out[:BANDS])
         out[BANDS] = (self.loudness + 3.0) / 3.0
 
@@ -415,7 +429,7 @@ class Articulator:
     """
 
     def __init__(self, fps: int = 25, weights: Path | None = None) -> None:
-        """ConfigError for a frame rate outside 20 to 60, EngineError for weights that can't be read."""
+        """ConfigError for a rate outside 20 to 60, EngineError for weights that can't be read."""
         if not 20 <= check_fps(fps) <= 60:
             raise ConfigError(
                 f"fps {fps} can't be used: take one of 20, 24, 25, 30, 40, 48, 50, 60"
@@ -440,7 +454,7 @@ class Articulator:
         self._cues: list[tuple[float, float, int]] = []  # start, end, class; by start
 
     def cue(self, cues: Sequence[Cue]) -> None:
-        """Phonemes of this turn, known from its voice; they outweigh what is heard, but for loudness.
+        """Phonemes of this turn, from its voice; they outweigh what is heard, but for loudness.
 
         Before or after their sound, as long as it is before the row is made. Words and gestures
         are passed over.

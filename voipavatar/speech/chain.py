@@ -68,6 +68,8 @@ class Extras:
     remembered: Remembered | None = None
     patience: float | None = None
     """Seconds to the first sound."""
+    ssml: bool = False
+    """Whether the voice reads its text as SSML."""
 
 
 class Link:
@@ -408,6 +410,8 @@ async def _raw(link: Link, piece: Piece, said: str, alone: bool) -> AsyncGenerat
         if isinstance(voice, Styled):
             style = piece.style
             stream = voice.synthesize_styled(said, style.rate, style.pitch, conn_options=options)
+        elif link.extras.ssml:
+            stream = voice.synthesize(piece.markup(), conn_options=options)
         elif voice.capabilities.streaming:
             stream = voice.stream(conn_options=options)
             stream.push_text(said)

@@ -8,8 +8,9 @@ import inspect
 import logging
 import os
 import re
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +84,9 @@ def make_voice(choices: Sequence[Choice], settings: Place) -> Chain:
             logger.warning("voice left out", extra={"voice": choice.use, "why": str(error)})
             continue
         cache = _cache(choice.use, kept, settings)
-        links.append(Link(made, Extras(identity, lexicon, target, cache, remembered, patience)))
+        ssml = _reads_ssml(made, options)
+        extras = Extras(identity, lexicon, target, cache, remembered, patience, ssml)
+        links.append(Link(made, extras))
     if not links:
         raise ConfigError("; ".join(missing))
     chain = Chain(links)
@@ -108,7 +111,7 @@ def _make(
         sessions.append(session)
         given["http_session"] = session
     try:
-        made = kind(**given)
+        made = kind(**_converted(kind, given))
     except ConfigError:
         raise
     except Exception as error:  # a plug-in's own complaint, about a missing key mostly
@@ -157,6 +160,33 @@ def _class(use: str) -> Any:
         raise ConfigError(f"voice {use}: {module} has no {name}") from None
     except Exception as error:
         raise Missing(f"voice {use}: {module} can't be imported: {error}") from None
+
+
+def _reads_ssml(voice: tts.TTS[Any], options: Mapping[str, Any]) -> bool:
+    """Whether a plug-in puts the text into SSML as it is, so that it has to be escaped."""
+    module = type(voice).__module__
+    return module.startswith("livekit.plugins.azure") or (
+        module.startswith("livekit.plugins.google")
+        and options.get("enable_ssml") is True
+        and options.get("use_streaming") is False
+    )
+
+
+def _converted(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Mappings to the dataclasses that a plug-in wants, ElevenLabs' voice_settings, say."""
+    try:
+        hints = typing.get_type_hints(kind.__init__)
+    except Exception:  # names that only a type checker knows
+        return given
+    made = dict(given)
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            continue
+        wanted = hints.get(name)
+        for one in (wanted, *typing.get_args(wanted)):
+            if isinstance(one, type) and is_dataclass(one):
+                made[name] = one(**value)
+    return made
 
 
 def _parameters(kind: Any) -> set[str] | None:

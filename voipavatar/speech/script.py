@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 from xml.parsers import expat
+from xml.sax.saxutils import escape, quoteattr
 
 from ..errors import ConfigError, InputError
 from ..media import Cue
@@ -75,27 +76,42 @@ class Piece:
         """The text as a voice gets it. `ipa` writes a transcription so that the voice knows it."""
         parts: list[str] = []
         bends: list[tuple[int, int, int, int]] = []
-        at = length = 0
-
-        def add(text: str, start: int, end: int) -> None:
-            nonlocal length
+        length = 0
+        for start, end, note in self._parts():
+            text = self.text[start:end]
+            if note is not None:
+                value = ipa(note.value) if note.kind == "ipa" and ipa is not None else None
+                text = note.value if note.kind == "said" else value if value is not None else text
             bends.append((length, length + len(text), start, end))
             parts.append(text)
             length += len(text)
-
-        for note in self.notes:
-            if note.kind == "mark" or note.start < at:
-                continue
-            value: str | None = note.value
-            if note.kind == "ipa":
-                value = ipa(note.value) if ipa is not None else None
-            if value is None:
-                continue
-            add(self.text[at : note.start], at, note.start)
-            add(value, note.start, note.end)
-            at = note.end
-        add(self.text[at:], at, len(self.text))
         return Said("".join(parts), tuple(bends), self)
+
+    def markup(self) -> str:
+        """The text for a voice that reads SSML inside `<voice>`: escaped, with what it can do."""
+        parts = []
+        for start, end, note in self._parts():
+            text = escape(self.text[start:end])
+            if note is not None and note.kind == "ipa":
+                text = f'<phoneme alphabet="ipa" ph={quoteattr(note.value)}>{text}</phoneme>'
+            elif note is not None:
+                text = escape(note.value)
+            parts.append(text)
+        text, style = "".join(parts), self.style
+        if style.rate != 1.0 or style.pitch != 1.0:
+            rate, pitch = 100 * style.rate - 100, 100 * style.pitch - 100
+            text = f'<prosody rate="{rate:+.0f}%" pitch="{pitch:+.0f}%">{text}</prosody>'
+        return text
+
+    def _parts(self) -> Iterator[tuple[int, int, Note | None]]:
+        """The text from beginning to end: what is said as written, and what is not."""
+        at = 0
+        for note in self.notes:
+            if note.kind != "mark" and note.start >= at:
+                yield at, note.start, None
+                yield note.start, note.end, note
+                at = note.end
+        yield at, len(self.text), None
 
     def after(self, position: int) -> Piece:
         """What is left from `position` of the text on."""
