@@ -115,7 +115,8 @@ async def served(studio: FakeStudio, settings: Settings, tmp_path: Path) -> Asyn
                     await task
 
             undo.push_async_callback(end)
-            await asyncio.wait([ready, task], timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            both: list[asyncio.Future[Any]] = [ready, task]
+            await asyncio.wait(both, timeout=20, return_when=asyncio.FIRST_COMPLETED)
             assert ready.done(), task
             return await undo.enter_async_context(httpx.AsyncClient(base_url=ready.result()))
 

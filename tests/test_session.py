@@ -189,8 +189,8 @@ async def test_interrupting_text_goes_before_what_waits(studio: Studio) -> None:
     order: list[str] = []
     first = await session.say("The first text is rather long, so that it can be cut. " * 4)
     second = await session.say("The second one waits.")
-    for name, one in (("first", first), ("second", second)):
-        one.finished.add_done_callback(lambda _, name=name: order.append(name))
+    first.finished.add_done_callback(lambda _: order.append("first"))
+    second.finished.add_done_callback(lambda _: order.append("second"))
     await first.started
     third = await session.say("Now me.", mode="interrupt")
     third.finished.add_done_callback(lambda _: order.append("third"))

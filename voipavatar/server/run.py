@@ -60,11 +60,14 @@ async def serve(
     livekit = LiveKitAccess(livekit_url, api_key, api_secret, public_url)
     with listen(settings.host, settings.port) as sock:
         async with contextlib.AsyncExitStack() as stack:
-            if studio is None:
+            if studio is not None:
+                app = create_app(studio, settings, livekit)
+            else:
                 from ..session import Studio as OwnStudio  # the engines come with it
 
-                studio = await stack.enter_async_context(OwnStudio(settings))
-            await _run(create_app(studio, settings, livekit), sock, on_ready, signals)
+                own = await stack.enter_async_context(OwnStudio(settings))
+                app = create_app(own, settings, livekit)
+            await _run(app, sock, on_ready, signals)
 
 
 def check_exposure(settings: Settings) -> None:
