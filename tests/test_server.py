@@ -96,8 +96,8 @@ async def served(studio: FakeStudio, settings: Settings, tmp_path: Path) -> Asyn
     async with contextlib.AsyncExitStack() as undo:
 
         async def start(**changes: Any) -> httpx.AsyncClient:
-            ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-            task = asyncio.ensure_future(
+            ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            task: asyncio.Future[Any] = asyncio.ensure_future(
                 serve(
                     dataclasses.replace(settings, **changes),
                     livekit_url=LIVEKIT.url,
@@ -1052,6 +1052,7 @@ async def test_live_sound_is_bounded(
         await until(turn.finished.done)
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
+        wire.transport.abort()  # a close would wait its turn behind what can't be sent
 
 
 async def send_all(wire: ClientConnection, pieces: list[bytes]) -> None:

@@ -60,14 +60,13 @@ async def serve(
     livekit = LiveKitAccess(livekit_url, api_key, api_secret, public_url)
     with listen(settings.host, settings.port) as sock:
         async with contextlib.AsyncExitStack() as stack:
-            if studio is not None:
-                app = create_app(studio, settings, livekit)
-            else:
+            if studio is None:
                 from ..session import Studio as OwnStudio  # the engines come with it
 
-                own = await stack.enter_async_context(OwnStudio(settings))
-                app = create_app(own, settings, livekit)
-            await _run(app, sock, on_ready, signals)
+                own = OwnStudio(settings)
+                await stack.enter_async_context(own)
+                studio = own
+            await _run(create_app(studio, settings, livekit), sock, on_ready, signals)
 
 
 def check_exposure(settings: Settings) -> None:
@@ -149,6 +148,7 @@ async def _run(
         server_header=False,
         ws_max_size=MAX_MESSAGE,
         ws_max_queue=8,
+        ws_per_message_deflate=False,  # sound gains nothing by it
         ws_ping_interval=20,
         timeout_graceful_shutdown=GRACE,
         lifespan="on",
