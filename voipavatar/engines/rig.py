@@ -779,7 +779,8 @@ def _lids(
         turned = 1 - 1.75 * close
         height = (edge_y - rows) / (turned if abs(turned) > 0.12 else math.copysign(0.12, turned))
         hairs = _pull(lashes, across, height.clip(-1, len(heights) - 1))
-        hairs = (hairs * smoothstep(height + 0.5) * swift)[..., None]
+        sides = smoothstep(np.minimum(place + 0.06, 1.06 - place) * 12)
+        hairs = (hairs * smoothstep(height + 0.5) * sides * swift)[..., None]
         picture = picture * (1 - hairs) + lash * hairs
         picture = picture * (1 - amount) + lash * amount
         border = _window(
