@@ -428,7 +428,7 @@ def _lip_motion(x: float, half: float, *, lower: bool, outer: bool, thick: float
     corner = abs(t) ** 3
     out = dict.fromkeys(MOUTH, (0.0, 0.0))
     if lower:
-        shape = middle ** (0.9 if outer else 1.25)
+        shape = middle ** (0.8 if outer else 1.05)
         drop = JAW * (0.14 + 0.86 * shape) * (0.96 if outer else 1.0)
         out["jaw"] = (-0.036 * t, drop)
         out["width"] = (0.052 * t, -0.016 * corner - (0.010 * middle if outer else 0.0))
@@ -779,7 +779,8 @@ def _lids(
         turned = 1 - 1.75 * close
         height = (edge_y - rows) / (turned if abs(turned) > 0.12 else math.copysign(0.12, turned))
         hairs = _pull(lashes, across, height.clip(-1, len(heights) - 1))
-        hairs = (hairs * smoothstep(height + 0.5) * swift)[..., None]
+        sides = smoothstep(np.minimum(place + 0.06, 1.06 - place) * 12)
+        hairs = (hairs * smoothstep(height + 0.5) * sides * swift)[..., None]
         picture = picture * (1 - hairs) + lash * hairs
         picture = picture * (1 - amount) + lash * amount
         border = _window(

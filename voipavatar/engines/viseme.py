@@ -34,7 +34,7 @@ from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec
 from .puppet import Pose, Puppet
 from .rig import HEAD, Landmarks, Rig, build, parse_landmarks
 
-VERSION = 1
+VERSION = 2
 
 PARAMETERS = 8
 """Mouth parameters of a pose: `articulation.PARAMETERS`."""
