@@ -147,9 +147,18 @@ class Chain(tts.TTS[Any]):
 
     def prewarm(self) -> None:
         """Load offline voices on their threads, connect online ones that can."""
-        self._warm = True
+        self.stand_by()
         for link in self.links:
-            link.voice.prewarm()
+            if not link.offline:
+                link.voice.prewarm()
+
+    def stand_by(self) -> None:
+        """Load offline voices on their threads: one may be needed in a second. Needs no loop."""
+        if not self._warm:
+            self._warm = True
+            for link in self.links:
+                if link.offline:
+                    link.voice.prewarm()
 
     def synthesize(
         self, text: str, *, conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS
@@ -188,11 +197,7 @@ class Chain(tts.TTS[Any]):
         rate = self.sample_rate
         done = 0
         turn = _Turn(self.links)
-        if not self._warm:
-            self._warm = True
-            for link in self.links[1:]:
-                if link.offline:  # it may be needed in a second
-                    link.voice.prewarm()
+        self.stand_by()
         for index, item in enumerate(items):
             following = items[index + 1] if index + 1 < len(items) else None
             if isinstance(item, Mark):
@@ -315,6 +320,8 @@ class Chain(tts.TTS[Any]):
             return None
         rate = link.voice.sample_rate
         known = extras.remembered.get(extras.identity) if extras.remembered is not None else None
+        if known is None and isinstance(link.voice, Cued):
+            known = link.voice.loudness
         leveller = Leveller(rate, extras.target, known)
         if known is None and isinstance(link.voice, Cued):
             # Costs a fraction of a second, once on a machine.

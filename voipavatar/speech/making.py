@@ -91,6 +91,7 @@ def make_voice(choices: Sequence[Choice], settings: Place) -> Chain:
         raise ConfigError("; ".join(missing))
     chain = Chain(links)
     chain.closing.extend(sessions)
+    chain.stand_by()
     return chain
 
 

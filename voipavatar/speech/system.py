@@ -19,7 +19,7 @@ from ..errors import TransportError
 from ..media import FRAME_RATE, Resampler
 from .frames import CuedStream
 from .script import Piece
-from .voice import Chunk, Door, Missing
+from .voice import Chunk, Door, Hold, Missing
 
 MISSING = 'the voice "pyttsx3" needs: pip install pyttsx3'
 
@@ -51,8 +51,8 @@ class Pyttsx3TTS(tts.TTS[Any]):
             if value is not None
         }
         self.pause = 0.1
-        self._closed = False
-        _door.hold()
+        self.loudness = None
+        self._hold = Hold(_door)
 
     @property
     def provider(self) -> str:
@@ -73,14 +73,12 @@ class Pyttsx3TTS(tts.TTS[Any]):
         def say(emit: Callable[[Chunk], bool]) -> None:
             emit(self._say(piece.said().text, piece.style.rate))
 
-        async with aclosing(_door.stream(say)) as chunks:
+        async with aclosing(self._hold.door.stream(say)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def aclose(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await _door.release()
+        await self._hold.release()
 
     def _say(self, text: str, tempo: float) -> Chunk:
         pyttsx3: Any = importlib.import_module("pyttsx3")

@@ -66,6 +66,8 @@ class Cued(Protocol):
 
     pause: float
     """Seconds of silence between sentences."""
+    loudness: float | None
+    """LUFS as it comes, where that is known beforehand."""
 
     def ipa(self, transcription: str) -> str | None:
         """How a transcription is written into a text for this voice; None: it can't read IPA."""
@@ -164,6 +166,33 @@ class Door(Generic[T]):
         finally:
             left.set()
             future.cancel()
+
+
+class Hold(Generic[T]):
+    """A voice's hold on a door: taken when the voice is first used, let go once."""
+
+    def __init__(self, door: Door[T]) -> None:
+        self._door = door
+        self._guard = threading.Lock()
+        self._held = False
+        self._closed = False
+
+    @property
+    def door(self) -> Door[T]:
+        with self._guard:
+            if self._closed:
+                raise RuntimeError("this voice is closed")
+            if not self._held:
+                self._held = True
+                self._door.hold()
+            return self._door
+
+    async def release(self) -> None:
+        """Idempotent."""
+        with self._guard:
+            held, self._held, self._closed = self._held, False, True
+        if held:
+            await self._door.release()
 
 
 async def within(awaitable: Awaitable[T], seconds: float) -> T:

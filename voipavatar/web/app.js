@@ -57,7 +57,6 @@ function setTrouble(what) {
 function notice(title, text = "", { retry = false, unlock = false, left = null } = {}) {
   $("notice").hidden = !title;
   if (!title) return;
-  clearCaptions();
   $("notice-count").textContent = left === null ? "" : `Trying again in ${left} s`;
   if ($("notice-title").textContent !== title) $("notice-title").textContent = title;
   if ($("notice-text").textContent !== text) $("notice-text").textContent = text;
