@@ -87,6 +87,22 @@ async def test_draining_lets_the_turn_end(studio: Studio) -> None:
     assert turn.finished.result() == Played(0.64, False)
 
 
+async def test_outputs_come_and_go_while_it_runs(studio: Studio) -> None:
+    session = await studio.open(CLAPPER, sinks=[Keep])
+    await asyncio.sleep(0.2)
+    more = session.add_sink(Keep)
+    assert isinstance(more, Keep)
+    await asyncio.sleep(0.3)
+    await session.remove_sink(more)
+    await session.remove_sink(more)
+    count = len(more.frames)
+    assert count >= 4 and more.closed == 1 and more.frames[0].index > 0
+    last = session.add_sink(Keep)
+    await asyncio.sleep(0.2)
+    await session.aclose()
+    assert isinstance(last, Keep) and last.closed == 1 and len(more.frames) == count
+
+
 async def test_being_cancelled_while_opening_leaves_nothing(settings: Settings) -> None:
     threads = threading.active_count()
     for pause in (0.0, 0.001, 0.005, 0.02):

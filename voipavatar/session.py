@@ -330,6 +330,20 @@ class Session:
             "failure": self.failure,
         }
 
+    def add_sink(self, make: SinkFactory) -> Sink:
+        """Another output, from the next frame on. Closed with the session, or by `remove_sink`."""
+        if self._draining:
+            raise StageError("the session is closing: open a new one")
+        sink = make(self.stage.engine.spec)
+        self.stage.sinks.append(sink)
+        return sink
+
+    async def remove_sink(self, sink: Sink) -> None:
+        """Take an output off and close it. Of one that is not there, nothing happens."""
+        if sink in self.stage.sinks:
+            self.stage.sinks.remove(sink)
+            await sink.aclose()
+
     def emit(self, kind: str, **fields: Any) -> None:
         """Tell every subscriber; None fields are left out."""
         event: Event = {"type": kind, "session": self.id, "at": time.time()}
