@@ -69,7 +69,7 @@ class Hair:
     wave: float = 0.07
     turns: float = 1.6
     clump: float = 0.6
-    # Height of the hairline as an elevation in degrees at |azimuth| 0, 30, 50, 65, 80, 100, 125, 180.
+    # Height of the hairline, an elevation in degrees, at |azimuth| 0, 30, 50, 65, 80, 100, 125, 180.
     line: tuple[float, ...] = (35.5, 33.0, 24.0, 6.0, -10.0, 10.0, -16.0, -30.0)
 
 
@@ -581,7 +581,7 @@ def paint_eye(look: Look, iris: float) -> F:
 
 
 def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
-    """Two eyeballs that look into the camera. Returns, for each, the iris' middle and a rim point."""
+    """Two eyeballs that look into the camera; for each, the iris' middle and a rim point."""
     share = 0.475
     picture = image_of("eye", paint_eye(look, share))
     made, tree, shader = material("eye")
@@ -864,7 +864,7 @@ def keep_face_clear(look: Look, p: F, eye_y: float) -> F:
 def grow_brows(look: Look, features: Features, surface: Surface) -> None:
     rng = np.random.default_rng(look.seed + 3)
     paths = []
-    for side, sign in (("l", 1.0), ("r", -1.0)):
+    for side in ("l", "r"):
         line = features.brows[side]
         line = line if side == "l" else line[::-1]  # from the nose outwards
         tangents = unit(np.gradient(line, axis=0))
@@ -964,7 +964,7 @@ def make_clothes(look: Look, base: Base) -> Any:
     normal = Vector((0, -fall, 1)).normalized()  # blender axes: y is -z
     # height(z) = height - fall * z ; plane normal points up.
     cut = bmesh.ops.bisect_plane(
-        work, geom=geometry, plane_co=Vector((0, 0, height)), plane_no=Vector((0, -fall, 1)).normalized(),
+        work, geom=geometry, plane_co=Vector((0, 0, height)), plane_no=normal,
         clear_outer=True, dist=1e-5,
     )  # fmt: skip
     del normal
