@@ -69,7 +69,7 @@ class Hair:
     wave: float = 0.07
     turns: float = 1.6
     clump: float = 0.6
-    # Height of the hairline, an elevation in degrees, at |azimuth| 0, 30, 50, 65, 80, 100, 125, 180.
+    # The hairline's elevation in degrees at |azimuth| 0, 30, 50, 65, 80, 100, 125, 180.
     line: tuple[float, ...] = (35.5, 33.0, 24.0, 6.0, -10.0, 10.0, -16.0, -30.0)
 
 
