@@ -22,8 +22,8 @@ import argparse
 import gzip
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ DISTANCE = 15.0  # from the camera to the plane of the face
 SCALE = 215.0  # pixels of the picture for a decimetre in that plane
 PAINT = (-1.5, 5.0, 3.0)  # the skin painting: left, bottom and side of its square
 PAINT_SIZE = 2048
+EYE_HEIGHT, EYE_DEPTH = 6.727, 1.109
+HAIRLINE = [0, 30, 50, 65, 80, 100, 125, 180]
 
 # Rows of the base mesh on the subject's left half (the picture's right), from the middle outwards.
 UPPER_LIP = ([455, 7214, 7210, 7215, 7169, 11956, 7170, 7171, 7168, 7167],
@@ -70,7 +72,7 @@ class Hair:
     cut: float = 5.58  # height at which the scissors went
     turns: float = 1.6
     clump: float = 0.45
-    # Height of the hairline as an elevation in degrees at |azimuth| 0, 30, 50, 65, 80, 100, 125, 180.
+    # The hairline: its elevation in degrees at the azimuths of HAIRLINE, 0 in front.
     line: tuple[float, ...] = (35.5, 32.0, 20.0, 1.0, -12.0, 8.0, -16.0, -30.0)
 
 
@@ -88,6 +90,8 @@ class Look:
     freckles: float = 0.0
     lines: float = 0.0
     stubble: float = 0.0
+    size: float = 1.0  # of the whole body
+    eyes: float = 1.11  # how much larger than life
     iris: tuple[float, float, float] = (0.42, 0.27, 0.14)
     hair: Hair = field(default_factory=Hair)
     brow_melanin: float = 0.72
@@ -97,7 +101,7 @@ class Look:
     brow_grey: float = 0.0
     lash_length: float = 0.044
     cloth: tuple[float, float, float] = (0.16, 0.33, 0.36)
-    neckline: tuple[float, float, float] = (5.52, 0.46, 0.0)  # height at z = 0, fall per dm of z
+    neckline: tuple[float, float] = (5.52, 0.46)  # height at z = 0, fall per dm of z
     background: tuple[tuple[float, float, float], ...] = (
         (0.93, 0.86, 0.78),
         (0.62, 0.72, 0.72),
@@ -146,7 +150,7 @@ def curve(points: F, count: int) -> F:
 class Base:
     """The base mesh with a look's shape applied."""
 
-    def __init__(self, folder: Path, shape: dict[str, float]) -> None:
+    def __init__(self, folder: Path, shape: dict[str, float], eyes: float, size: float) -> None:
         self.folder = folder
         vertices: list[list[float]] = []
         self.faces: dict[str, list[list[int]]] = {}
@@ -166,11 +170,13 @@ class Base:
             for name, spans in groups.items()
         }
         for name, amount in shape.items():
-            for one in (name.replace("@", "l"), name.replace("@", "r")) if "@" in name else (name,):
-                self._apply(one.replace("&", "left"), amount)
-                if "&" in one:
-                    self._apply(one.replace("&", "right"), amount)
+            for side in "lr" if "@" in name else "l":
+                self._apply(name.replace("@", side), amount)
         self._lower_arms(math.radians(40))
+        self._magnify_eyes(eyes)
+        # Everyone's eyes are at one place, so that the lights, the collar and the scissors fit.
+        eye = self.centre("joint-l-eye") * np.array([0.0, 1.0, 1.0])
+        self.points = (self.points - eye) * size + np.array([0.0, EYE_HEIGHT, EYE_DEPTH])
 
     def _apply(self, name: str, amount: float) -> None:
         with gzip.open(self.folder / "targets" / f"{name}.target.gz", "rt") as file:
@@ -187,6 +193,14 @@ class Base:
             cos, sin = np.cos(turn), np.sin(turn)
             self.points[:, 0] = pivot[0] + cos * offset[:, 0] - sin * offset[:, 1]
             self.points[:, 1] = pivot[1] + sin * offset[:, 0] + cos * offset[:, 1]
+
+    def _magnify_eyes(self, factor: float) -> None:
+        for side in ("l", "r"):
+            middle = self.centre(f"helper-{side}-eye")
+            offset = self.points - middle
+            flat = np.hypot(offset[:, 0], offset[:, 1])
+            near = smooth(0.46, 0.19, flat) * (np.abs(offset[:, 2]) < 0.6)
+            self.points = self.points + offset * ((factor - 1.0) * near)[:, None]
 
     def centre(self, name: str) -> F:
         middle: F = self.points[self.groups[name]].mean(0)
@@ -276,7 +290,7 @@ def mesh_of(name: str, points: F, faces: Sequence[Sequence[int]], levels: int = 
     return thing
 
 
-def strands_of(name: str, paths: F, radius: F, made: Sequence[Any], which: F | None = None) -> Any:
+def strands_of(name: str, paths: F, radius: F, made: Sequence[Any], which: F | None = None) -> None:
     """Hair: paths (n, k, 3), radius (k,) from root to tip; `which` picks a material each."""
     count, steps = paths.shape[:2]
     for number, chosen in enumerate(made):
@@ -292,7 +306,6 @@ def strands_of(name: str, paths: F, radius: F, made: Sequence[Any], which: F | N
         curves.materials.append(chosen)
         thing = bpy.data.objects.new(f"{name}{number}", curves)
         bpy.context.collection.objects.link(thing)
-    return None
 
 
 # ---------------------------------------------------------------------------------------- skin
@@ -327,14 +340,14 @@ class Painting:
         """A mask of the polygon `outline` (n, 2 or 3), its edge blurred over `soft` dm."""
         mask = np.zeros((PAINT_SIZE, PAINT_SIZE), np.uint8)
         at = np.round(self.pixel(outline[:, :2]) * 16).astype(np.int32)
-        cv2.fillPoly(mask, [at], 255, cv2.LINE_AA, 4)
+        cv2.fillPoly(mask, [at], (255,), cv2.LINE_AA, 4)
         return gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
 
     def line(self, points: F, width: float, soft: float) -> F:
         mask = np.zeros((PAINT_SIZE, PAINT_SIZE), np.uint8)
         at = np.round(self.pixel(points[:, :2]) * 16).astype(np.int32)
         wide = max(1, round(width * PAINT_SIZE / PAINT[2]))
-        cv2.polylines(mask, [at], False, 255, wide, cv2.LINE_AA, 4)
+        cv2.polylines(mask, [at], False, (255,), wide, cv2.LINE_AA, 4)
         return gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
 
     def blob(self, x: float, y: float, wide: float, high: float, mirror: bool = True) -> F:
@@ -367,16 +380,6 @@ class Features:
     seam: F
     lids: dict[str, tuple[F, F]]
     brows: dict[str, F]
-
-
-def lid_edges(base: Base, side: str) -> tuple[F, F]:
-    """Where the lashes root: upper and lower, from the nose outwards."""
-    out = []
-    for kind in ("1", "2"):
-        group = base.groups[f"helper-{side}-eyelashes-{kind}"]
-        out.append(base.points[group])
-    both = np.vstack(out)
-    return both, both
 
 
 def find_features(base: Base, surface: Surface, look: Look) -> Features:
@@ -420,9 +423,7 @@ def find_features(base: Base, surface: Surface, look: Look) -> Features:
 
     brows: dict[str, F] = {}
     eye = base.centre("joint-l-eye")
-    shape = np.array(
-        [[-0.165, 0.222], [-0.08, 0.240], [0.02, 0.256], [0.12, 0.256], [0.245, 0.196]]
-    )
+    shape = np.array([[-0.165, 0.246], [-0.08, 0.264], [0.02, 0.276], [0.12, 0.268], [0.25, 0.206]])
     for side, sign in (("l", 1.0), ("r", -1.0)):
         line = curve(shape, 41)
         rows3 = []
@@ -435,7 +436,7 @@ def find_features(base: Base, surface: Surface, look: Look) -> Features:
     return Features(upper_row, lower_row, seam, lids, brows)
 
 
-# Subject's left eye, from the nose outwards: the lid's edge and the tips of the mesh's lash cards.
+# The edges of the lids of the subject's left eye, from the nose outwards.
 LASH_ROWS = {
     "upper_root": [14763, 14766, 14762, 14774, 14760, 14743, 14795, 14791, 14790, 14746, 14749],
     "lower_root": [14765, 14759, 14793, 14758, 14757, 14756, 14755, 14754, 14753, 14752, 14784],
@@ -477,9 +478,7 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
     p.multiply((0.62, 0.45, 0.45), lips * 0.55 * np.exp(-((away / 0.030) ** 2)))
     p.multiply((0.72, 0.55, 0.52), 0.9 * p.line(features.seam, 0.006, 0.006))
     p.multiply((0.92, 0.88, 0.88), lips * 0.5 * (p.y > seam_y))
-    folds = gaussian_filter(
-        p.rng.standard_normal((PAINT_SIZE, PAINT_SIZE)), (22, 2.2)
-    )
+    folds = gaussian_filter(p.rng.standard_normal((PAINT_SIZE, PAINT_SIZE)), (22, 2.2))
     folds /= folds.std()
     p.relief += 0.28 * folds * lips
     p.rough = p.rough - 0.14 * lips
@@ -490,35 +489,37 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
         for _ in range(int(260 * look.freckles)):
             x = p.rng.normal(0, 0.42)
             y = nose_y + 0.14 + p.rng.normal(0, 0.13)
-            spots += p.rng.uniform(0.2, 0.8) * p.blob(x, y, *p.rng.uniform(0.006, 0.013, 2), False)
+            wide_by, high_by = p.rng.uniform(0.006, 0.013, 2)
+            spots += p.rng.uniform(0.2, 0.8) * p.blob(x, y, wide_by, high_by, mirror=False)
         p.multiply((0.72, 0.52, 0.42), spots * 0.5)
     if look.stubble:
         beard = smooth(0.02, -0.35, p.y - mouth_y) * 0.7
-        beard = np.maximum(beard, smooth(0.42, 0.75, np.abs(p.x)) * smooth(0.35, 0.0, p.y - mouth_y))
+        cheek = smooth(0.42, 0.75, np.abs(p.x)) * smooth(0.35, 0.0, p.y - mouth_y)
+        beard = np.maximum(beard, cheek)
         beard = np.maximum(beard, 0.8 * p.blob(0.0, mouth_y + 0.17, 0.30, 0.07, mirror=False))
         beard *= 1 - wide
         grain = 0.75 + 0.25 * p.noise(0.004)
         p.multiply((0.66, 0.66, 0.70), look.stubble * beard * grain)
     if look.lines:
-        for side in (1.0, -1.0):
+        for sign in (1.0, -1.0):
             fold = np.array([[0.20, nose_y - 0.10], [0.255, nose_y - 0.2], [0.29, mouth_y + 0.03],
-                             [0.29, mouth_y - 0.06]]) * np.array([side, 1.0])  # fmt: skip
+                             [0.29, mouth_y - 0.06]]) * np.array([sign, 1.0])  # fmt: skip
             p.multiply((0.80, 0.68, 0.66), look.lines * 0.35 * p.line(curve(fold, 40), 0.02, 0.02))
             for k in range(3):
                 foot = np.array([[eye[0] + 0.20, eye[1] + 0.03 - 0.035 * k],
                                  [eye[0] + 0.30, eye[1] + 0.06 - 0.075 * k]])  # fmt: skip
                 p.multiply(
                     (0.78, 0.66, 0.64),
-                    look.lines * 0.45 * p.line(foot * np.array([side, 1.0]), 0.008, 0.008),
+                    look.lines * 0.45 * p.line(foot * np.array([sign, 1.0]), 0.008, 0.008),
                 )
-                p.relief -= 1.2 * p.line(foot * np.array([side, 1.0]), 0.008, 0.007)
+                p.relief -= 1.2 * p.line(foot * np.array([sign, 1.0]), 0.008, 0.007)
         for k in range(3):
             wide = np.linspace(-0.42, 0.42, 30)
             high = eye[1] + 0.52 + 0.10 * k + 0.02 * np.cos(wide * 5 + k)
             crease = p.line(np.stack([wide, high], axis=1), 0.008, 0.010)
             p.relief -= 0.8 * look.lines * crease * smooth(0.45, 0.2, np.abs(p.x))
     # Pores.
-    calm = 1 - smooth(0.0, 0.35, p.area(outline, 0.02))
+    calm = 1 - smooth(0.0, 0.35, wide)
     p.relief += (0.10 * p.noise(0.0035) + 0.10 * p.noise(0.008)) * calm
     return p
 
@@ -570,15 +571,17 @@ def paint_eye(look: Look, iris: float) -> F:
     x, y = np.meshgrid(axis, -axis)
     r = np.hypot(x, y) / iris
     angle = np.arctan2(y, x)
-    image = np.ones((size, size, 3)) * np.array([0.93, 0.905, 0.885])
+    image = np.ones((size, size, 3)) * np.array([0.90, 0.875, 0.855])
     edge = smooth(1.0, 2.1, r)[..., None]
     image = image * (1 - 0.34 * edge) + np.array([0.86, 0.62, 0.56]) * 0.34 * edge
     # Fibres: noise stretched along the radius.
     around, out = 900, 96
     fibre = gaussian_filter(rng.standard_normal((out, around)), (14, 1.6), mode=("nearest", "wrap"))
-    fibre += 0.6 * gaussian_filter(
-        rng.standard_normal((out, around)), (7, 5.0), mode=("nearest", "wrap")
-    ) * 3
+    fibre += (
+        0.6
+        * gaussian_filter(rng.standard_normal((out, around)), (7, 5.0), mode=("nearest", "wrap"))
+        * 3
+    )
     fibre /= fibre.std()
     value = map_coordinates(
         fibre,
@@ -595,7 +598,8 @@ def paint_eye(look: Look, iris: float) -> F:
     body = body * (0.4 + 0.6 * smooth(0.38, 0.52, r)[..., None])
     body = body * (1 - smooth(0.43, 0.39, r)[..., None])
     inside = smooth(1.04, 0.95, r)[..., None]
-    return (image * (1 - inside) + body * inside).clip(0, 1)
+    out_image: F = (image * (1 - inside) + body * inside).clip(0, 1)
+    return out_image
 
 
 def make_mouth(features: Features) -> None:
@@ -615,7 +619,7 @@ def make_mouth(features: Features) -> None:
 
 
 def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
-    """Two eyeballs that look into the camera. Returns, for each, the iris' middle and a rim point."""
+    """Two eyeballs that look into the camera; for each, its iris' middle and a point of its rim."""
     share = 0.49
     picture = image_of("eye", paint_eye(look, share))
     made, tree, shader = material("eye")
@@ -645,7 +649,7 @@ def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
     for side in ("l", "r"):
         group = base.points[base.groups[f"helper-{side}-eye"]]
         centre = group.mean(0)
-        radius = float(np.linalg.norm(group - centre, axis=1).mean()) * 0.985
+        radius = float(np.linalg.norm(group - centre, axis=1).mean()) * 1.02
         ahead = camera.eye - centre
         ahead /= np.linalg.norm(ahead)
         right = np.cross([0.0, 1.0, 0.0], ahead)
@@ -657,9 +661,7 @@ def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
             polar = np.linspace(1e-4, math.pi * 0.75, rings)
             turn = np.arange(spokes) / spokes * 2 * math.pi
             s, c = np.sin(polar)[:, None], np.cos(polar)[:, None]
-            local = np.stack(
-                [s * np.cos(turn), s * np.sin(turn), c * np.ones(spokes)], axis=-1
-            )
+            local = np.stack([s * np.cos(turn), s * np.sin(turn), c * np.ones(spokes)], axis=-1)
             if name == "ball":
                 dip = smooth(rim * 1.0, rim * 0.45, polar)[:, None]
                 local[..., 2] -= 0.05 * dip
@@ -716,7 +718,7 @@ def scalp_mask(look: Look, points: F, centre: F) -> F:
     d = points - centre
     azimuth = np.degrees(np.abs(np.arctan2(d[:, 0], d[:, 2])))
     elevation = np.degrees(np.arctan2(d[:, 1], np.hypot(d[:, 0], d[:, 2])))
-    line = np.interp(azimuth, [0, 30, 50, 65, 80, 100, 125, 180], look.hair.line)
+    line = np.interp(azimuth, HAIRLINE, look.hair.line)
     out: F = elevation - line
     return out
 
@@ -737,7 +739,8 @@ def sample(surface: Surface, weight: F, count: int, rng: np.random.Generator) ->
 
 
 def unit(v: F) -> F:
-    return v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
+    out: F = v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
+    return out
 
 
 def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -> None:
@@ -756,11 +759,9 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     inside = scalp_mask(look, roots, centre)
 
     tree = cKDTree(obstacles)
-    steps = {"short": 32, "curly": 96}.get(hair.style, 64)
+    steps = {"short": 32, "curly": 72}.get(hair.style, 64)
     guides = min(len(roots), 4500)
-    side = np.where(
-        roots[:, 0] + 0.02 * rng.standard_normal(len(roots)) > hair.part, 1.0, -1.0
-    )
+    side = np.where(roots[:, 0] + 0.02 * rng.standard_normal(len(roots)) > hair.part, 1.0, -1.0)
     grown = comb_guides(
         look, roots[:guides], out[:guides], inside[:guides], side[:guides], steps, eye_y,
         tree, normals, rng,
@@ -768,18 +769,19 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     # The other strands follow the three nearest guides on their side of the parting.
     key = roots + side[:, None] * np.array([3.0, 0, 0])
     far, near = cKDTree(key[:guides]).query(key, k=3)
-    share = 1 / (far + 0.01) ** 2
+    share: F = 1 / (np.asarray(far) + 0.01) ** 2
     share /= share.sum(1, keepdims=True)
     moved = grown - grown[:, :1]
     paths = np.zeros((len(roots), steps, 3))
     for k in range(3):
-        paths += share[:, k, None, None] * moved[near[:, k]]
+        paths += share[:, k, None, None] * moved[np.asarray(near)[:, k]]
     paths *= rng.uniform(0.9, 1.0, (len(roots), 1, 1))
     paths += roots[:, None]
 
     # No strand strays over the forehead or the cheeks.
     away = scalp_mask(look, paths.reshape(-1, 3), centre).reshape(paths.shape[:2])
-    strays = ((away < -3.0) & (paths[..., 2] > 0.62) & (paths[..., 1] > eye_y - 1.0)).any(1)
+    strays = ((away < -1.6) & (paths[..., 2] > 0.60) & (paths[..., 1] > eye_y - 1.0)).any(1)
+    strays &= hair.style != "curly"
     paths, roots, out, side = (v[~strays] for v in (paths, roots, out, side))
     behind = 0.28 * smooth(0.25, -0.3, roots[:, 2])
     paths = cut_hair(paths, hair.cut + behind + rng.normal(0, 0.035, len(roots)))
@@ -810,13 +812,14 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
         paths += np.where(stray[:, None, None], drift, 0.0) * (along**1.5)[None, :, None]
     # Nothing under the skin.
     flat = paths.reshape(-1, 3)
-    near, index = tree.query(flat, workers=2)
+    index = tree.query(flat)[1]
     gap = ((flat - obstacles[index]) * normals[index]).sum(-1)
     flat += normals[index] * np.maximum(0.006 - gap, 0)[:, None]
     paths = flat.reshape(paths.shape)
     paths[:, 0] = roots - out * 0.01
 
-    taper = hair.radius * (1 - 0.75 * smooth(0.55, 1.0, along)) * (0.55 + 0.45 * smooth(0, 0.1, along))
+    taper = hair.radius * (1 - 0.75 * smooth(0.55, 1.0, along))
+    taper = taper * (0.55 + 0.45 * smooth(0, 0.1, along))
     coloured = hair_material("hair", look, hair.melanin, hair.redness)
     white = hair_material("grey", look, 0.06, 0.1)
     which = (rng.random(len(roots)) < hair.grey).astype(int)
@@ -833,8 +836,10 @@ def comb_guides(
     length = hair.length * (0.88 + 0.12 * rng.random(len(roots)))
     if hair.style == "short":
         # Short at the sides and the nape, longer on top.
-        length *= 0.28 + 0.72 * smooth(0.05, 0.75, roots[:, 1] - eye_y)
+        length *= 0.22 + 0.78 * smooth(0.35, 0.85, roots[:, 1] - eye_y)
     lift = hair.lift * (0.25 + 0.75 * rng.random(len(roots)) ** 0.8) * smooth(-3.0, 22.0, inside)
+    if hair.style == "short":
+        lift *= 0.25 + 0.75 * smooth(0.30, 0.75, roots[:, 1] - eye_y)
     parted = np.hypot(roots[:, 0] - hair.part, 0.4 * np.minimum(roots[:, 2] - 0.2, 0))
     lift = lift * (0.50 + 0.50 * smooth(0.0, 0.40, parted)) + 0.012
     first = comb(look, roots, side, eye_y)
@@ -843,14 +848,14 @@ def comb_guides(
     path = [p.copy()]
     step = (length / (steps - 1))[:, None]
     for k in range(1, steps):
-        _near, index = tree.query(p, k=4)
+        index = tree.query(p, k=4)[1]
         normal = unit(normals[index].mean(1))
         want = comb(look, p, side, eye_y)
         if hair.style != "curly":
             want = unit(want - (want * normal).sum(1, keepdims=True) * normal * 0.9)
         d = unit(d * 0.68 + want * 0.32)
         p = p + d * step
-        _near, index = tree.query(p, k=4)
+        index = tree.query(p, k=4)[1]
         normal = unit(normals[index].mean(1))
         gap = ((p[:, None, :] - obstacles[index]) * normals[index]).sum(-1).mean(1)
         aim = lift * min(1.0, k / 5)
@@ -894,10 +899,11 @@ def comb(look: Look, p: F, side: F, eye_y: float) -> F:
         sink = smooth(0.9, -0.3, y)[:, None] * np.array([0.0, -0.75, -0.25])
         return unit(way + sink)
     if style == "short":
-        from_part = side
-        top = smooth(0.3, 0.75, y)
-        way = np.stack([from_part * 0.75 * top, 0.10 * top - 1.0 * (1 - top),
-                        0.25 * top - 0.35 * (1 - top)], axis=1)  # fmt: skip
+        # Up and back from the forehead, to the side over the crown, down at the sides.
+        top = smooth(0.45, 0.85, y)
+        front = smooth(0.3, 0.95, z)
+        way = np.stack([side * (0.55 * top + 0.05), 0.55 * front * top - 0.9 * (1 - top),
+                        -0.55 - 0.35 * front * top], axis=1)  # fmt: skip
         return unit(way)
     top = smooth(0.45, 0.95, y)
     front = smooth(0.2, 0.9, z)
@@ -905,8 +911,9 @@ def comb(look: Look, p: F, side: F, eye_y: float) -> F:
     over = np.stack([side * 1.0, zero - 0.25, -0.30 - 0.75 * front], axis=1)
     past = np.stack([side * 0.16, zero - 0.85, -0.12 - 0.75 * front], axis=1)
     below = smooth(0.05, -0.45, y)[:, None]
-    wide = smooth(0.75, 1.25, np.abs(x))
-    fall = np.stack([-np.sign(x) * (0.55 * wide + 0.22 * smooth(-0.75, -1.2, y)), zero - 1.0, 0.08 + 0.2 * wide], axis=1)
+    wide = smooth(0.75, 1.25, np.abs(x) + 0.35 * smooth(0.2, -0.2, z))
+    inwards = 0.55 * wide + 0.22 * smooth(-0.75, -1.2, y)
+    fall = np.stack([-np.sign(x) * inwards, zero - 1.0, 0.08 + 0.2 * wide], axis=1)
     way = over * top[:, None] + past * (1 - top)[:, None]
     return unit(way * (1 - below) + fall * below)
 
@@ -922,20 +929,22 @@ def keep_face_clear(look: Look, p: F, eye_y: float) -> F:
     over = np.maximum(p[:, 2] - limit, 0)
     q = p.copy()
     q[:, 2] -= np.where(over < 2, over * 0.6, 0)
-    return q
+    out: F = q
+    return out
 
 
 def grow_brows(look: Look, features: Features, surface: Surface) -> None:
     rng = np.random.default_rng(look.seed + 3)
     paths = []
-    for side, sign in (("l", 1.0), ("r", -1.0)):
+    for side in ("l", "r"):
         line = features.brows[side]
         line = line if side == "l" else line[::-1]  # from the nose outwards
         tangents = unit(np.gradient(line, axis=0))
         for _ in range(look.brow_count):
             t = rng.beta(1.05, 1.15)
             k = min(int(t * 40), 40)
-            width = look.brow_width * (1.0 - 0.62 * smooth(0.55, 1.0, t)) * (0.50 + 0.50 * smooth(0.0, 0.35, t))
+            width = look.brow_width * (1.0 - 0.62 * smooth(0.55, 1.0, t))
+            width *= 0.50 + 0.50 * smooth(0.0, 0.35, t)
             v = rng.uniform(-1, 1)
             root = line[k] + (line[min(k + 1, 40)] - line[k]) * (t * 40 - k)
             x, y = root[0], root[1] + v * width - 0.012
@@ -995,12 +1004,15 @@ def grow_lashes(look: Look, features: Features) -> None:
 
 def make_clothes(look: Look, base: Base) -> Any:
     """A knitted pullover cut from the body by a slanted plane, with a ribbed collar."""
-    import bmesh
+    import bmesh  # it exists only once bpy has been imported
 
-    body = [f for f in base.faces["body"]]
-    height, fall, _ = look.neckline
+    height, fall = look.neckline
     p = base.points
-    keep = [f for f in body if 3.0 < p[f][:, 1].mean() and p[f][:, 1].mean() < height + 0.9]
+    keep = [
+        f
+        for f in base.faces["body"]
+        if 3.0 < p[f][:, 1].mean() and p[f][:, 1].mean() < height + 0.9
+    ]
     used = sorted({i for f in keep for i in f})
     renumber = {o: n for n, o in enumerate(used)}
     points = p[used].copy()
@@ -1021,13 +1033,15 @@ def make_clothes(look: Look, base: Base) -> Any:
     for v in work.verts:
         v.co += v.normal * 0.085
     geometry = work.verts[:] + work.edges[:] + work.faces[:]
-    normal = Vector((0, -fall, 1)).normalized()  # blender axes: y is -z
-    # height(z) = height - fall * z ; plane normal points up.
+    # Everything above height - fall * z goes (the renderer's y is -z).
     cut = bmesh.ops.bisect_plane(
-        work, geom=geometry, plane_co=Vector((0, 0, height)), plane_no=Vector((0, -fall, 1)).normalized(),
-        clear_outer=True, dist=1e-5,
-    )  # fmt: skip
-    del normal
+        work,
+        geom=geometry,
+        plane_co=Vector((0, 0, height)),
+        plane_no=Vector((0, -fall, 1)).normalized(),
+        clear_outer=True,
+        dist=1e-5,
+    )
     rim = [e for e in cut["geom_cut"] if isinstance(e, bmesh.types.BMVert)]
     loop = np.array([[v.co.x, v.co.z, -v.co.y] for v in rim])
     work.to_mesh(mesh)
@@ -1181,14 +1195,14 @@ def backdrop(look: Look, height: int, width: int) -> F:
         tone = dark * rng.uniform(0.4, 1.6) + rng.uniform(0, 0.10, 3) * light
         box(left, shelf - tall, left + rng.uniform(0.015, 0.04), shelf, tone, 0.9)
     blur = 0.030 * height
-    room = np.stack([gaussian_filter(room[..., k], blur, mode="nearest") for k in range(3)], axis=-1)
+    room = gaussian_filter(room, (blur, blur, 0), mode="nearest")
     for _ in range(9):
         cx, cy = rng.uniform(0.95, 1.75), rng.uniform(0.02, 0.5)
         r = rng.uniform(0.018, 0.042)
         d = np.hypot(x - cx, y - cy)
         disc = (smooth(r * 1.12, r * 0.88, d) * (0.75 + 0.25 * smooth(0.5 * r, r, d)))[..., None]
         room = room + disc * light * np.array([1.1, 0.92, 0.68]) * rng.uniform(0.06, 0.22)
-    return np.stack([gaussian_filter(room[..., k], 1.5) for k in range(3)], axis=-1)
+    return gaussian_filter(room, (1.5, 1.5, 0))
 
 
 def finish(look: Look, render: F) -> NDArray[np.uint8]:
@@ -1212,7 +1226,8 @@ def finish(look: Look, render: F) -> NDArray[np.uint8]:
     image *= (1 - 0.22 * smooth(0.45, 0.95, away))[..., None]
     grain = np.random.default_rng(look.seed + 6).standard_normal((height, width, 1))
     image = image + 0.0035 * grain
-    return np.round(image.clip(0, 1) * 255).astype(np.uint8)
+    out: NDArray[np.uint8] = np.round(image.clip(0, 1) * 255).astype(np.uint8)
+    return out
 
 
 # ---------------------------------------------------------------------------------------- looks
@@ -1259,7 +1274,9 @@ LOOKS["marcus"] = Look(
         "mouth/mouth-angles-up": 0.45,
         "mouth/mouth-lowerlip-ext-up": 0.35,
         "mouth/mouth-upperlip-ext-down": 0.35,
-        "eyes/@-eye-scale-incr": 0.9,
+        "eyes/@-eye-scale-incr": 1.0,
+        "eyes/@-eye-height2-incr": 0.35,
+        "head/head-scale-vert-decr": 0.25,
         "head/head-square": 0.25,
         "head/head-scale-horiz-decr": 0.25,
         "nose/nose-scale-horiz-decr": 0.15,
@@ -1275,13 +1292,25 @@ LOOKS["marcus"] = Look(
     stubble=0.5,
     iris=(0.26, 0.36, 0.34),
     hair=Hair(
-        style="short", length=0.62, strands=24000, melanin=0.80, redness=0.35, part=0.42,
-        lift=0.13, wave=0.02, turns=1.0, clump=0.35, radius=0.0048,
-        line=(37.0, 38.5, 29.0, 8.0, -16.0, 10.0, -14.0, -28.0), cut=0.0,
+        style="short",
+        length=0.72,
+        strands=26000,
+        melanin=0.74,
+        redness=0.40,
+        part=0.36,
+        lift=0.26,
+        wave=0.018,
+        turns=1.0,
+        clump=0.4,
+        radius=0.0044,
+        line=(32.0, 33.5, 24.0, 4.0, -18.0, 10.0, -14.0, -28.0),
+        cut=0.0,
     ),
+    size=0.93,
+    neckline=(5.56, 0.46),
     brow_melanin=0.80,
-    brow_width=0.040,
-    brow_count=460,
+    brow_width=0.032,
+    brow_count=400,
     brow_lift=-0.035,
     lash_length=0.030,
     cloth=(0.17, 0.20, 0.27),
@@ -1315,8 +1344,16 @@ LOOKS["nora"] = Look(
     lines=1.0,
     iris=(0.30, 0.44, 0.54),
     hair=Hair(
-        length=2.4, melanin=0.30, redness=0.15, grey=0.72, part=-0.28, lift=0.20, wave=0.06,
-        turns=1.3, cut=5.95, line=(36.0, 33.0, 21.0, 2.0, -12.0, 8.0, -16.0, -30.0),
+        length=2.4,
+        melanin=0.20,
+        redness=0.10,
+        grey=0.85,
+        part=-0.28,
+        lift=0.20,
+        wave=0.06,
+        turns=1.3,
+        cut=5.88,
+        line=(36.0, 33.0, 21.0, 2.0, -12.0, 8.0, -16.0, -30.0),
     ),
     brow_melanin=0.42,
     brow_grey=0.45,
@@ -1344,16 +1381,27 @@ LOOKS["amara"] = Look(
         "ears/@-ear-wing-decr": 0.8,
         "ears/@-ear-scale-decr": 0.6,
     },
-    skin=(0.47, 0.30, 0.215),
+    skin=(0.53, 0.35, 0.255),
     blush=(0.50, 0.22, 0.16),
     lips=(0.52, 0.25, 0.24),
     lips_strength=0.7,
     flush=0.7,
     liner=0.6,
-    iris=(0.22, 0.12, 0.07),
+    iris=(0.17, 0.085, 0.045),
+    neckline=(5.46, 0.46),
     hair=Hair(
-        style="curly", length=0.95, strands=17000, melanin=0.965, redness=0.3, lift=0.30,
-        wave=0.062, turns=5.5, clump=0.95, radius=0.0056, cut=0.0, part=9.0,
+        style="curly",
+        length=0.50,
+        strands=15000,
+        melanin=0.965,
+        redness=0.3,
+        lift=0.22,
+        wave=0.055,
+        turns=4.5,
+        clump=0.95,
+        radius=0.0056,
+        cut=0.0,
+        part=9.0,
         line=(37.0, 35.0, 26.0, 6.0, -8.0, 10.0, -16.0, -30.0),
     ),
     brow_melanin=0.97,
@@ -1367,11 +1415,11 @@ LOOKS["amara"] = Look(
 
 def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F, dict[str, Any]]:
     bpy.ops.wm.read_factory_settings(use_empty=True)
-    base = Base(base_folder, look.shape)
+    base = Base(base_folder, look.shape, look.eyes, look.size)
     eye = base.centre("joint-l-eye")
     camera = Camera(height=float(eye[1]) - 0.27, depth=1.2)
     set_scene(camera, scale, samples)
-    height, fall, _ = look.neckline
+    height, fall = look.neckline
     head_faces = [
         f
         for f in base.faces["body"]
@@ -1520,7 +1568,7 @@ def draw_landmarks(image: NDArray[np.uint8], marks: dict[str, Any]) -> NDArray[n
     row(list(marks["nose"].values()), (255, 0, 0))
     row(marks["jaw"], (0, 160, 255))
     row([marks["forehead"]], (255, 0, 0))
-    return out
+    return np.asarray(out, np.uint8)
 
 
 def as_yaml(marks: dict[str, Any]) -> str:
@@ -1550,8 +1598,6 @@ def main() -> None:
     args = parser.parse_args()
     look = LOOKS[args.name]
     if args.bald:
-        from dataclasses import replace
-
         look = replace(look, hair=replace(look.hair, strands=0))
     render, marks = build(look, args.base, args.draft, args.samples)
     image = finish(look, render)
