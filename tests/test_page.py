@@ -306,6 +306,7 @@ async def test_microphone(visit: Visit, server: Server) -> None:
     await button.click()
     await expect(button).to_have_attribute("aria-pressed", "false")
     await until(session.turns[0].finished.done)
+    await expect(page.get_by_test_id("captions")).to_be_empty()
     heard = np.concatenate(session.turns[0].pushed)
     assert session.turns[0].rate >= 44_100 and np.abs(heard.astype(np.int32)).max() > 500
 
