@@ -20,13 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..avatar import digest, write_atomic, write_json
 from ..errors import ConfigError
+from ..models import Recipe, checkpoint_key, load_tensors, read_config, require
 
 LATENT_SCALE = 0.18215
 """Stable Diffusion's scale between what the VAE encodes and what the UNet sees."""
@@ -828,6 +831,22 @@ class Look(nn.Module):
         return self.quant_conv(x).float().chunk(2, 1)[0] * self.scale
 
 
+class Parse(nn.Module):
+    """`BiSeNet` under the names of a runtime."""
+
+    inputs = ("picture",)
+    outputs = ("classes",)
+
+    def __init__(self, net: BiSeNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """(B, 3, 512, 512) fp32 -> (B, 19, 512, 512) fp32."""
+        out: Tensor = self.net(picture).float()
+        return out
+
+
 def make_safe(module: nn.Module, safe: bool = True) -> nn.Module:
     """Write norms and softmaxes in fp32 from now on, for a graph that others will compile."""
     for one in module.modules():
@@ -885,3 +904,212 @@ def whisper_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = f"layers.{number}.{names.get(stem, stem)}.{leaf}"
         out[key] = value
     return out or dict(state)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _fill(
+    net: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, what: str
+) -> nn.Module:
+    """Weights into a net that was made on the `meta` device; `what` starts the complaint."""
+    wanted = net.state_dict()
+    # counters of batch norms are younger than some files
+    lacking = sorted(k for k in wanted.keys() - state.keys() if not k.endswith("_tracked"))
+    extra = sorted(state.keys() - wanted.keys())
+    wrong = [
+        f"{k} has the shape {tuple(state[k].shape)} instead of {tuple(wanted[k].shape)}"
+        for k in wanted.keys() & state.keys()
+        if state[k].shape != wanted[k].shape
+    ]
+    if lacking or extra or wrong:
+        first = (
+            wrong[0]
+            if wrong
+            else f"{lacking[0]} is missing"
+            if lacking
+            else f"{extra[0]} is not of it"
+        )
+        raise ConfigError(
+            f"{what}: {first} ({len(lacking)} missing, {len(extra)} unknown, {len(wrong)} of "
+            "another shape)"
+        )
+    kept = {
+        key: state[key].to(dtype if state[key].is_floating_point() else state[key].dtype)
+        if key in state
+        else torch.zeros(value.shape, dtype=value.dtype)
+        for key, value in wanted.items()
+    }
+    net.load_state_dict(kept, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+class Files:
+    """A recipe's networks, from a models folder. Each is read when it is asked for."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+
+    def key(self, *names: str) -> str:
+        """A name for the content of these networks' weights; what isn't there counts as such."""
+        parts = []
+        for name in names or sorted(self.recipe.networks):
+            path = self._weights(name)
+            parts.append((name, checkpoint_key(path) if path and path.is_file() else None))
+        return digest(parts)
+
+    def has(self, name: str) -> bool:
+        path = self._weights(name)
+        return path is not None and path.is_file()
+
+    def _weights(self, name: str) -> Path | None:
+        net = self.recipe.networks.get(name)
+        return None if net is None else self.folder / net.weights
+
+    def path(self, name: str) -> Path:
+        """Where a network's weights are; ConfigError if they aren't."""
+        net = self.recipe.networks.get(name)
+        if net is None:
+            raise ConfigError(f"{self.recipe.name} has no network {name!r}")
+        require(self.recipe, self.folder, net.weights, *([net.config] if net.config else []))
+        return self.folder / net.weights
+
+    def _config(self, name: str) -> dict[str, Any]:
+        self.path(name)
+        config = self.recipe.networks[name].config
+        return read_config(self.folder / config) if config else {}
+
+    def _complaint(self, name: str) -> str:
+        path = self.recipe.networks[name].weights
+        symptom = self.recipe.file(path).symptom
+        return f"{path} is not the {name} of {self.recipe.name}" + (
+            f" (with it you would see {symptom})" if symptom else ""
+        )
+
+    def unet(self, dtype: torch.dtype = torch.float32) -> UNet:
+        config = UNetConfig.from_json(self._config("unet"))
+        with torch.device("meta"):
+            net = UNet(config)
+        _fill(net, load_tensors(self.path("unet")), dtype, self._complaint("unet"))
+        return net
+
+    def vae(self, dtype: torch.dtype = torch.float32) -> VAE:
+        config = VAEConfig.from_json(self._config("vae"))
+        with torch.device("meta"):
+            net = VAE(config)
+        state = vae_keys(load_tensors(self.path("vae")))
+        _fill(net, state, dtype, self._complaint("vae"))
+        return net
+
+    def hearing(self) -> WhisperConfig:
+        """What whisper is like, without its weights."""
+        return WhisperConfig.from_json(self._config("whisper"))
+
+    def whisper(self, dtype: torch.dtype = torch.float32, legacy: bool = False) -> Whisper:
+        with torch.device("meta"):
+            net = Whisper(self.hearing(), legacy)
+        state = whisper_keys(load_tensors(self.path("whisper")))
+        _fill(net, state, dtype, self._complaint("whisper"))
+        return net
+
+    def parser(self, dtype: torch.dtype = torch.float32) -> BiSeNet:
+        with torch.device("meta"):
+            net = BiSeNet()
+        _fill(net, load_tensors(self.path("parser")), dtype, self._complaint("parser"))
+        return net
+
+
+OFFICIAL: dict[str, dict[str, Any]] = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.6.0.dev0",
+        "act_fn": "silu",
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
+        "cross_attention_dim": 384,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 8,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "sample_size": 64,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.4.2",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 256,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
+    "whisper": {
+        "d_model": 384,
+        "encoder_attention_heads": 6,
+        "encoder_ffn_dim": 1536,
+        "encoder_layers": 4,
+        "max_source_positions": 1500,
+        "num_mel_bins": 80,
+    },
+}
+"""The official configurations, as facts: what generated weights are made for."""
+
+
+def generate(recipe: Recipe, folder: Path, seed: int = 0) -> None:
+    """Random weights for a recipe, in the names, key layouts and file formats of the real ones.
+
+    For tests, and to measure a machine's speed before any weights are there. Never overwrites.
+    """
+    made: dict[str, nn.Module] = {}
+    taken = [net.weights for net in recipe.networks.values() if (folder / net.weights).exists()]
+    if taken:
+        raise ConfigError(f"{folder / taken[0]} is there already: random weights need another folder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, net in recipe.networks.items():
+            data = recipe.configs.get(net.config or "", OFFICIAL.get(name, {}))
+            if net.config:
+                (folder / net.config).parent.mkdir(parents=True, exist_ok=True)
+                write_json(folder / net.config, data)
+            if name == "unet":
+                made[name] = UNet(UNetConfig.from_json(data))
+            elif name == "vae":
+                made[name] = VAE(VAEConfig.from_json(data))
+            elif name == "whisper":
+                made[name] = Whisper(WhisperConfig.from_json(data))
+            elif name == "parser":
+                made[name] = BiSeNet()
+            else:
+                continue  # landmarks are an ONNX file of others
+            state = dict(made.pop(name).state_dict())
+            if name == "vae":  # as sd-vae-ft-mse names its attention
+                old = {"to_q": "query", "to_k": "key", "to_v": "value"}
+                state = {
+                    ".".join(old.get(part, part) for part in key.split(".")).replace(
+                        "to_out.0", "proj_attn"
+                    ): value
+                    for key, value in state.items()
+                }
+            if name == "whisper":
+                state = {f"model.encoder.{key}": value for key, value in state.items()}
+            _save(folder / net.weights, state, new=name != "parser")
+
+
+def _save(path: Path, state: dict[str, Tensor], new: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(
+        path, lambda beside: torch.save(state, beside, _use_new_zipfile_serialization=new)
+    )
