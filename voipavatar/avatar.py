@@ -235,7 +235,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time prepares a folder; the others wait and find it done."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:  # not "w": it would look written
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -34,7 +34,6 @@ from .avatar import (
     locked,
     make_patch,
     partial,
-    seal,
     whole,
     write_array,
     write_atomic,
@@ -766,7 +765,7 @@ def prepare_loop(
         clear(target)
         kept = partial(target, plan.key)
         faces = _find(clip, kept, landmarker, progress)
-        boxes = _boxes(faces, plan, clip.fit.height)
+        boxes = _boxes(faces, plan, clip.fit)
         if not any(box is not None for box in boxes):
             raise AvatarError(
                 f"no face was found in {clip.path.name}: use a frontal, well lit face of 100 pixels "
@@ -842,14 +841,27 @@ def _load(path: Path) -> npt.NDArray[Any] | None:
         return None
 
 
-def _boxes(faces: Sequence[Face | None], plan: Plan, height: int) -> list[Box | None]:
-    boxes = [
-        None
-        if face is None or side(face.points) > plan.max_side
-        else face_box(face.points, plan.shift, plan.margin, height)
-        for face in faces
-    ]
+SMALLEST = 32
+"""Pixels: a box smaller than this is not worth a network's answer."""
+
+
+def _boxes(faces: Sequence[Face | None], plan: Plan, fit: Fit) -> list[Box | None]:
+    boxes: list[Box | None] = []
+    for face in faces:
+        box = None
+        if face is not None and side(face.points) <= plan.max_side:
+            box = face_box(face.points, plan.shift, plan.margin, fit.height)
+        boxes.append(box if box is not None and _usable(box, fit) else None)
     return smooth(boxes, plan.smoothing) if plan.smoothing > 0 else boxes
+
+
+def _usable(box: Box, fit: Fit) -> bool:
+    """Large enough, and at least half of it in the picture."""
+    x1, y1, x2, y2 = box
+    seen = (min(x2, fit.width) - max(x1, 0)) * (min(y2, fit.height) - max(y1, 0))
+    return min(x2 - x1, y2 - y1) >= SMALLEST and (
+        x1 < fit.width and y1 < fit.height and seen * 2 >= (x2 - x1) * (y2 - y1)
+    )
 
 
 def _encode(

@@ -34,7 +34,7 @@ from ..avatar import Loop, digest, file_digest, fold, paste
 from ..config import Settings
 from ..errors import ConfigError, EngineError
 from ..faces import Box, Clip, DwPose, Given, Landmarker, Mesh, Parser, Plan, from_yaml, prepare_loop
-from ..media import ENGINE_RATE, Cue, Float32, UInt8, frames_for, slice_start
+from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps, frames_for, slice_start
 from ..models import Recipe, load_recipe
 from . import Avatar, EngineInfo, Job, Progress, Spec
 from .runtimes import (
@@ -152,6 +152,7 @@ def read_options(options: Mapping[str, Any]) -> tuple[Options, Recipe]:
         known = ", ".join(Options.model_fields)
         hint = f"; known are {known}" if first["type"] == "extra_forbidden" else ""
         raise ConfigError(f"engine_options.{key}: {first['msg']}{hint}") from None
+    check_fps(merged.fps)
     if recipe.version == "v15" and merged.shift:
         raise ConfigError("engine_options.shift: v1.5 has none; take margin, or musetalk-v10")
     return merged, recipe
@@ -829,7 +830,7 @@ class MuseTalk:
         self._settings = settings
         self._device = device or default_device()
         self._networks: dict[tuple[str, ...], Networks] = {}
-        self._loops: OrderedDict[Path, Loop] = OrderedDict()
+        self._closed = False
         self._heard: OrderedDict[Hop, Float32] = OrderedDict()
         self._lock = threading.Lock()
         cpu = self._device == "cpu"
@@ -845,6 +846,8 @@ class MuseTalk:
 
     def networks(self, options: Options, recipe: Recipe) -> Networks:
         """The networks a persona's options ask for, loaded once."""
+        if self._closed:
+            raise EngineError("this engine is closed: make another one")
         device = options.device or self._device
         precision = options.precision or ("fp32" if device == "cpu" else "fp16")
         folder = models_folder(options, self._settings)
@@ -971,13 +974,7 @@ class MuseTalk:
     def open(self, avatar: Avatar) -> MuseTalkSession:
         options, recipe = read_options(avatar.options)
         networks = self.networks(options, recipe)
-        with self._lock:
-            loop = self._loops.get(avatar.path)
-            if loop is None:
-                loop = self._loops[avatar.path] = Loop(avatar.path)
-                while len(self._loops) > 64:
-                    self._loops.popitem(last=False)
-        return MuseTalkSession(options, networks, loop)
+        return MuseTalkSession(options, networks, Loop(avatar.path))
 
     def render(self, jobs: Sequence[Job]) -> list[UInt8]:
         shots: list[Shot] = [job.data for job in jobs]
@@ -1020,10 +1017,10 @@ class MuseTalk:
         return networks.faces(latents, heard)
 
     def close(self) -> None:
+        self._closed = True
         for networks in self._networks.values():
             networks.close()
         self._networks.clear()
-        self._loops.clear()
         self._heard.clear()
 
 
