@@ -18,6 +18,10 @@ def needs(*packages: str) -> None:
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
     if lacking:
         servers.missing(f"not installed: {', '.join(lacking)}: pip install voipavatar[musetalk,dev]")
+    if "torch" in packages:
+        import torch
+
+        torch.set_num_threads(1)  # networks this small only lose time by sharing it
 
 
 def small_recipe(folder: Path, name: str = "small", **whisper: Any) -> Path:
