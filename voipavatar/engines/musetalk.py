@@ -328,9 +328,15 @@ class Hearing:
         """Rows of one hop."""
         return WINDOW + -(-(self.step - 1) * 50 // self.fps)
 
+    @property
+    def before(self) -> int:
+        """Rows of a window before its frame. MuseTalk's scripts put the window elsewhere at other
+        rates than the 25 they were trained at; that is kept for comparison only."""
+        return 2 * -(-50 // self.fps) if self.offline else BEFORE
+
     def base(self, frame: int) -> int:
         """First row of a frame's window, counted from the turn's first sample."""
-        return frame * 50 // self.fps - BEFORE
+        return frame * 50 // self.fps - self.before
 
 
 class Ear:
