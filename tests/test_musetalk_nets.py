@@ -8,6 +8,7 @@ import struct
 import tarfile
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def test_hearing_a_file_is_transformers(tmp_path: Path) -> None:
     ours.load_state_dict(nets.whisper_keys(reference.state_dict()))
     hear = nets.Hear(ours)
     extract = WhisperFeatureExtractor()
-    for seconds, fps in ((8.0, 25), (30.02, 25), (61.0, 25), (4.013, 24), (4.013, 30), (3.0, 50)):
+    for seconds, fps in ((8.0, 25), (30.02, 25), (61.0, 25), (4.013, 24), (4.013, 30)):
         pcm = babble(seconds, seed=int(seconds))
         mels = [
             extract(pcm[i : i + 480_000], sampling_rate=16_000, return_tensors="pt").input_features
@@ -297,49 +298,50 @@ def test_a_swapped_file_is_named_with_its_symptom(tmp_path: Path) -> None:
     assert "black" in symptom
 
 
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemExit('it ran')",))
+
+
+@dataclass
+class Place:
+    """Stands for a tensor by its number."""
+
+    number: int
+
+
 def tar_checkpoint(path: Path, state: dict[str, Any], hostile: bool = False) -> None:
     """torch 0.1's format, written by its description: a tar of four members."""
 
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return (exec, ("raise SystemExit('it ran')",))
-
-    class Kind:
-        """Pickles as the class `torch.FloatStorage`, without importing anything."""
-
-    def dump(file: io.BytesIO, value: Any) -> None:
-        data = pickle.dumps(value, protocol=2)
-        file.write(data.replace(b"c__kind__\nx\n", b"ctorch\nFloatStorage\n"))
-
     def named(kind: str, key: int, extra: Any) -> bytes:
-        # (key, extra, <class torch.kind>), by hand: the class is looked up by name
-        head = pickle.dumps((key, extra), protocol=2)[2:-1]
-        del head
-        out = b"\x80\x02(" + pickle.dumps(key, 2)[2:-1] + pickle.dumps(extra, 2)[2:-1]
-        return out + b"ctorch\n" + kind.encode() + b"\nt."
+        # (key, extra, <class torch.kind>), by hand: the class goes by its name
+        return (
+            b"\x80\x02("
+            + pickle.dumps(key, 2)[2:-1]
+            + pickle.dumps(extra, 2)[2:-1]
+            + f"ctorch\n{kind}\nt.".encode()
+        )
 
     storages, tensors = io.BytesIO(), io.BytesIO()
-    dump(storages, len(state))
-    dump(tensors, len(state))
-    views: list[Any] = []
+    storages.write(pickle.dumps(len(state), 2))
+    tensors.write(pickle.dumps(len(state), 2))
     for number, value in enumerate(state.values()):
         array = np.ascontiguousarray(value.numpy(), np.float32)
         storages.write(named("FloatStorage", 100 + number, "cpu"))
         storages.write(struct.pack("<q", array.size) + array.tobytes())
         tensors.write(named("FloatTensor", number, 100 + number))
-        tensors.write(struct.pack("<ii", array.ndim, 0))
-        strides = [s // 4 for s in array.strides]
-        tensors.write(struct.pack(f"<{array.ndim}q", *array.shape))
-        tensors.write(struct.pack(f"<{array.ndim}q", *strides))
+        tensors.write(struct.pack("<ii", value.ndim, 0))
+        tensors.write(struct.pack(f"<{value.ndim}q", *value.shape))
+        tensors.write(struct.pack(f"<{value.ndim}q", *value.contiguous().stride()))
         tensors.write(struct.pack("<q", 0))
-    dump(storages, views)
+    storages.write(pickle.dumps([], 2))  # no views
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value: Any) -> Any:
-            return str(value[1]) if isinstance(value, tuple) and value[0] == "tensor" else None
+            return str(value.number) if isinstance(value, Place) else None
 
     body = io.BytesIO()
-    table: Any = OrderedDict((key, ("tensor", n)) for n, key in enumerate(state))
+    table: Any = OrderedDict((key, Place(n)) for n, key in enumerate(state))
     if hostile:
         table["bomb"] = Bomb()
     Pickler(body, protocol=2).dump(table)
@@ -372,18 +374,13 @@ def test_every_flavour_of_checkpoint_is_read(tmp_path: Path) -> None:
         assert all(torch.equal(read[k].float(), v) for k, v in state.items()), name
 
 
-class Bomb:
-    def __reduce__(self) -> Any:
-        return (exec, ("raise SystemExit('it ran')",))
-
-
 def test_nothing_in_a_checkpoint_runs(tmp_path: Path) -> None:
     needs("torch")
     import torch
 
     torch.save({"a": Bomb()}, tmp_path / "zip.pth")
     torch.save({"a": Bomb()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb(), 2))
     tar_checkpoint(tmp_path / "oldest.pth", {"a": torch.randn(2)}, hostile=True)
     (tmp_path / "text.pth").write_text("weights")
     torch.save(["a list"], tmp_path / "list.pth")
