@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from .engines.rig import shows_teeth
 from .errors import AvatarError, ConfigError
 from .facemodels import FaceModels
 from .media import UInt8
@@ -440,7 +441,7 @@ def _part(picture: UInt8, points: Float64) -> tuple[Float64, bool]:
     down = np.array([-axis[1], axis[0]]) / np.linalg.norm(axis)
     gaps = np.array([(inner[20 - i] - inner[i]) @ down for i in range(1, 10)]) / unit
     if gaps.max() > 0.085:
-        return inner, _bright(picture, inner, outer)
+        return inner, shows_teeth(picture, inner, outer)
     soft = cv2.GaussianBlur(picture, (0, 0), max(0.5, 0.006 * unit))
     grey = cv2.cvtColor(soft, cv2.COLOR_BGR2GRAY).astype(np.float32)
     steps = max(24, round(0.22 * unit) * 2)
@@ -469,8 +470,8 @@ def _part(picture: UInt8, points: Float64) -> tuple[Float64, bool]:
             last += 1
         seams[i - 1] = line[first] * 0.5 + line[last] * 0.5
         bands[i - 1] = (at[last] - at[first]) / unit
-    if np.median(bands[2:7]) > 0.045 or _bright(picture, inner, outer):
-        return inner, _bright(picture, inner, outer)
+    if np.median(bands[2:7]) > 0.045 or shows_teeth(picture, inner, outer):
+        return inner, shows_teeth(picture, inner, outer)
     # A smooth seam from corner to corner, near where the mesh has it.
     place = np.linspace(-1, 1, 11)[1:-1]
     middles = np.stack([(inner[i] + inner[20 - i]) / 2 for i in range(1, 10)])
@@ -481,22 +482,6 @@ def _part(picture: UInt8, points: Float64) -> tuple[Float64, bool]:
     inner[1:10] = seam
     inner[11:20] = seam[::-1]
     return inner, False
-
-
-def _bright(picture: UInt8, inner: Float64, outer: Float64) -> bool:
-    """Teeth: a good part of what is between the lips is brighter than they are, and hardly red."""
-    height, width = picture.shape[:2]
-    inside, lips = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
-    cv2.fillPoly(inside, [np.rint(inner).astype(np.int32)], 255)
-    cv2.fillPoly(lips, [np.rint(outer).astype(np.int32)], 255)
-    lips = cv2.subtract(lips, cv2.dilate(inside, np.ones((3, 3), np.uint8)))
-    there, around = picture[inside > 0].astype(np.float64), picture[lips > 0].astype(np.float64)
-    if len(there) < 12 or len(around) < 12:
-        return False
-    typical = np.median(around, 0)
-    light = there.mean(1) > typical.mean() + 12
-    grey = there[:, 2] - there[:, 1] < 0.7 * max(8.0, typical[2] - typical[1])
-    return bool((light & grey).mean() > 0.18)
 
 
 def _apart(one: Detection, other: Detection) -> bool:
@@ -556,10 +541,10 @@ def _network(path: Any) -> Any:
 
 
 def _forward(
-    network: Any, picture: npt.NDArray[np.float32], names: Sequence[str] | None
+    network: Any, picture: npt.NDArray[Any], names: Sequence[str] | None
 ) -> list[npt.NDArray[Any]]:
-    """Outputs for one (H, W, 3) float32 picture."""
-    network.setInput(np.ascontiguousarray(picture.transpose(2, 0, 1)[None]))
+    """Outputs for one (H, W, 3) picture of numbers."""
+    network.setInput(np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32))
     wanted = names if names is not None else network.getUnconnectedOutLayersNames()
     return [np.array(one) for one in network.forward(list(wanted))]
 
