@@ -48,6 +48,8 @@ LAYERS = {
     "session": 5,
     "musetalk_build": 5,
     "viewer": 5,
+    "sheet": 5,
+    "newpersona": 3,
     "plugin": 6,
     "server": 6,
     "pipecat_processor": 6,
