@@ -57,6 +57,7 @@ LAYERS = {
     "livekit_server": 7,
     "doctor": 7,
     "bench": 7,
+    "facebench": 7,
     "musetalk_cli": 7,
     "cli": 8,
     "__main__": 9,

@@ -853,6 +853,9 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
     bright = float(np.clip(whites.mean(), 0.90 * skin.mean() + 8, 1.25 * skin.mean() + 8))
     tint = 0.35 * whites / whites.mean() + 0.65 * np.array([0.905, 1.005, 1.09])
     tooth = np.minimum(bright * tint, 246.0)
+    teeth_shown = shows_teeth(bgr, marks.inner_lips, marks.outer_lips)
+    if teeth_shown:
+        tooth = np.minimum(_colour(bgr, marks.inner_lips, 80), 246.0)
 
     scale = 2.0 * unit  # twice the picture's resolution
     left, top, wide, high = INNER
@@ -917,7 +920,7 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
     gum = smoothstep((y - edge - 0.075) / 0.02)[..., None]
     tone = tooth * 0.90 * (1 - gum) + lips * 0.7 * gum
     put(2, tone * light[..., None], alpha)
-    if shows_teeth(bgr, marks.inner_lips, marks.outer_lips):
+    if teeth_shown:
         own = _own_teeth(bgr, marks, frame, x, y)
         layers[4, ..., :3], layers[4, ..., 3] = own[0], own[1] * 255
         # Painted ones would stand beside them.
