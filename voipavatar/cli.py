@@ -535,6 +535,42 @@ def bench_engine(settings: Settings, persona: str, seconds: float, as_json: bool
     return _bench("engine", settings, as_json, persona=persona, seconds=seconds)
 
 
+@bench.command("face")
+@click.option(
+    "--portrait",
+    "portraits",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A further picture; once or more.",
+)
+@click.option("--persona", "names", multiple=True, help="Only these of the personas.")
+@click.option("--voice", default="piper", show_default=True, help="One that tells phonemes.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def bench_face(
+    settings: Settings,
+    portraits: tuple[Path, ...],
+    names: tuple[str, ...],
+    voice: str,
+    as_json: bool,
+) -> int:
+    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness."""
+    from .facebench import face, table
+
+    async def measuring() -> list[dict[str, Any]]:
+        with _steps() as tell:
+            return await face(settings, portraits=portraits, personas=names, voice=voice, tell=tell)
+
+    rows = _run(measuring())
+    if rows is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(rows)
+    else:
+        print(table(rows))
+    return 0
+
+
 def _bench(name: str, settings: Settings, as_json: bool, **options: Any) -> int:
     from . import bench as measures
 
