@@ -56,7 +56,7 @@ _IRIS_LIDS = (
     (0, 9, 10, 11, 12, 13, 14, 15, 8),
     (0, 1, 2, 3, 4, 5, 6, 7, 8),
 )
-"""Upper and lower lid of the iris network's contour, from the inner corner to the outer."""
+"""Upper and lower lid of the iris network's contour, from the outer corner to the inner."""
 
 
 @dataclass(frozen=True)
@@ -362,8 +362,8 @@ class FaceMesh:
             presence = float(np.mean([one[1] for one in looks]))
         lids, irises = {}, {}
         for name, (upper, lower), mirrored in (
-            ("left_eye", LEFT_EYE, True),
-            ("right_eye", RIGHT_EYE, False),
+            ("left_eye", LEFT_EYE, False),
+            ("right_eye", RIGHT_EYE, True),
         ):
             edges, iris = self._eye(picture, points, upper, lower, mirrored)
             lids[name] = edges
@@ -393,7 +393,7 @@ class FaceMesh:
         lower: tuple[int, ...],
         mirrored: bool,
     ) -> tuple[tuple[Float64, Float64], tuple[float, float, float] | None]:
-        """Lids and iris. The network knows the eye on the right; the other one in a mirror."""
+        """Lids and iris. The network knows the eye on the left; the other one in a mirror."""
         at = points[:, :2]
         start, end = at[upper[0]], at[upper[-1]]
         side = 2.3 * float(np.linalg.norm(end - start))
@@ -425,11 +425,37 @@ class FaceMesh:
             float(np.linalg.norm(a - b, axis=1).max()) for a, b in zip(seen, mesh, strict=True)
         )
         radius = float(np.linalg.norm(iris[1:] - iris[0], axis=1).mean())
-        if agree > 0.22 * eye_width:
+        if agree > 0.25 * eye_width:
             return mesh, None
+        lids = _wider((seen[0], seen[1]), mesh)
         good = 0.10 * eye_width < radius < 0.34 * eye_width
         circle = (float(iris[0, 0]), float(iris[0, 1]), radius) if good else None
-        return (seen[0], seen[1]), circle
+        return lids, circle
+
+
+def _wider(one: tuple[Float64, Float64], other: tuple[Float64, Float64]) -> tuple[Float64, Float64]:
+    """The lids that hold both: what of an eye is left out stays open when it shuts."""
+    start, end = other[0][0], other[0][-1]
+    axis = (end - start) / np.linalg.norm(end - start)
+    turn = np.stack([axis, [-axis[1], axis[0]]])
+    flat = [[(line - start) @ turn.T for line in lids] for lids in (one, other)]
+    left = min(line[:, 0].min() for lids in flat for line in lids)
+    right = max(line[:, 0].max() for lids in flat for line in lids)
+    ends = [
+        np.mean([lids[0][i, 1] for lids in flat if abs(lids[0][i, 0] - x) < 0.02 * (right - left)])
+        for i, x in ((0, left), (-1, right))
+    ]
+    place = np.linspace(left, right, 9)
+    out = []
+    for row, pick in ((0, np.minimum), (1, np.maximum)):
+        heights = [
+            np.interp(place, *(lids[row][np.argsort(lids[row][:, 0], kind="stable")].T))
+            for lids in flat
+        ]
+        line = pick(*heights)
+        line[0], line[-1] = ends
+        out.append(np.stack([place, line], 1) @ turn + start)
+    return out[0], out[1]
 
 
 def _part(picture: UInt8, points: Float64) -> tuple[Float64, bool]:

@@ -865,8 +865,13 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
     soft = 1.2 / scale
     layers = np.zeros((5, *shape, 4), np.float32)
 
+    # A grey picture stays grey.
+    tinted = float(np.abs(luma_chroma(np.stack([lips, skin])[None])[1] - 128).max())
+    colourful = float(smoothstep((tinted - 1.5) / 6))
+
     def put(index: int, colour: Float64, alpha: Float64) -> None:
         luma, chroma = luma_chroma(np.clip(colour, 0, 255))
+        chroma = (chroma - 128) * np.float32(colourful) + 128
         layers[index, ..., 0] = luma
         layers[index, ..., 1:3] = chroma
         layers[index, ..., 3] = 255 * np.broadcast_to(alpha, shape)
