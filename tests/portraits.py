@@ -52,7 +52,7 @@ def painting() -> Picture:
     steps = np.asarray(np.rint(small / 12.0) * 12, np.uint8)
     rng = np.random.default_rng(3)
     canvas = cv2.GaussianBlur(rng.normal(0, 14, picture.shape[:2]), (0, 0), 1.2)[..., None]
-    return np.clip(steps + canvas, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(steps + canvas, 0, 255), np.uint8)
 
 
 def pencil() -> Picture:
@@ -102,7 +102,7 @@ def bearded() -> Picture:
     strands = cv2.GaussianBlur(rng.normal(0, 60, picture.shape[:2]), (0, 0), 0.6, sigmaY=3.0)
     overlay[:] = np.clip(np.array([32, 44, 60]) + strands[..., None] * 0.6, 0, 255)
     share = cv2.GaussianBlur(hair, (0, 0), 5).astype(np.float64)[..., None] / 255 * 0.85
-    out = (picture * (1 - share) + overlay * share).astype(np.uint8)
+    out = np.asarray(picture * (1 - share) + overlay * share, np.uint8)
     for side in ("left_eye", "right_eye"):
         eye = marks[side]
         assert isinstance(eye, dict)

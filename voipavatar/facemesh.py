@@ -301,7 +301,7 @@ class FaceMesh:
     # --- its points ---
 
     def find(self, picture: UInt8, at: Sequence[float] | None = None) -> Found:
-        """The face nearest to `at`, or the largest. AvatarError when there is none."""
+        """The face nearest to `at`, or the largest. AvatarError when none is there, or it lies."""
         faces = self.detect(picture)
         # What is much less sure than the surest is a pattern in the background.
         faces = [one for one in faces if one.score > faces[0].score - 0.2]
@@ -309,7 +309,11 @@ class FaceMesh:
             # Drawings and animals: less sure, and only as the last resort.
             faces = self.detect(picture, 0.2)[:1]
         if not faces:
-            raise AvatarError(self._none(picture))
+            raise AvatarError(
+                "no face is found in the portrait: use a picture that shows one from the front, "
+                "not too small; for a drawing that isn't recognised give `landmarks` in the "
+                "persona's YAML"
+            )
 
         def rank(one: Detection) -> float:
             if at is None:
@@ -318,17 +322,10 @@ class FaceMesh:
 
         chosen = min(faces, key=rank)
         others = tuple(one for one in faces if one is not chosen and one.side > 0.25 * chosen.side)
-        return self.trace(picture, chosen, others)
-
-    def _none(self, picture: UInt8) -> str:
-        turned = cv2.ROTATE_90_CLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_COUNTERCLOCKWISE
-        for how in turned:
-            if self.detect(np.asarray(cv2.rotate(picture, how), np.uint8), 0.6):
-                return "the portrait lies on its side or head: turn it upright"
-        return (
-            "no face is found in the portrait: use a picture that shows one from the front, not "
-            "too small; for a drawing that isn't recognised give `landmarks` in the persona's YAML"
-        )
+        found = self.trace(picture, chosen, others)
+        if abs(found.roll) > 45:
+            raise AvatarError("the portrait lies on its side or head: turn it upright")
+        return found
 
     def trace(self, picture: UInt8, face: Detection, others: tuple[Detection, ...] = ()) -> Found:
         """All points of a face that was detected."""
