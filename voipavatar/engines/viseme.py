@@ -36,7 +36,7 @@ from ..facemodels import face_models
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
 from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec
 from .puppet import Pose, Puppet
-from .rig import HEAD, Landmarks, Rig, build, parse_landmarks
+from .rig import HEAD, Landmarks, Rig, build, parse_landmarks, smoothstep
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ _REST: Float32 = np.zeros(PARAMETERS, np.float32)
 _LEVEL = 7
 _FADE = 3
 """Pictures in which speech takes the mouth over from wherever it was."""
-_NOD = PARAMETERS
+_CALM = PARAMETERS
 """Column of the slow loudness that moves head and brows."""
 _MASK = (1 << 64) - 1
 
@@ -370,6 +370,64 @@ def _lid(moment: float) -> float:
     return float((1 - t) ** 1.6)
 
 
+# --- gestures -------------------------------------------------------------------------------------
+
+GESTURES: dict[str, float] = {
+    "nod": 0.96,
+    "shake": 1.2,
+    "smile": 2.4,
+    "wink": 0.44,
+    "brows": 1.0,
+    "tilt": 1.8,
+    "blink": 0.34,
+}
+"""What a cue of kind "gesture" can ask for, and how long it takes in seconds."""
+
+_NOD, _SHAKE, _TILT = 0.050, 0.055, 0.040  # radians
+_SMILE = 0.75
+
+
+@dataclass
+class _Gestured:
+    """What gestures add to a pose."""
+
+    head: Float32
+    width: float = 0.0
+    blink: float = 0.0
+    wink: float = 0.0
+
+
+def gestured(running: Sequence[tuple[int, str]], clock: int, fps: int, motion: float) -> _Gestured:
+    """The sum of the gestures (clock at which they began, name), at a moment."""
+    out = _Gestured(np.zeros(len(HEAD), np.float32))
+    for begin, name in running:
+        moment, length = (clock - begin) / fps, GESTURES[name]
+        if not 0 <= moment < length:
+            continue
+        t = moment / length
+        swell = math.sin(math.pi * t) ** 2
+        # In within a quarter, out within the last third.
+        hold = float(smoothstep(t / 0.25) * smoothstep((1 - t) / 0.35))
+        if name == "nod":
+            # Down twice, the second time less.
+            share = 1.0 if t < 0.5 else 0.6
+            out.head[HEAD.index("pitch")] -= motion * _NOD * share * math.sin(2 * math.pi * t) ** 2
+        elif name == "shake":
+            out.head[HEAD.index("yaw")] += motion * _SHAKE * math.sin(4 * math.pi * t) * swell
+        elif name == "tilt":
+            out.head[HEAD.index("roll")] += motion * _TILT * hold
+        elif name == "brows":
+            out.head[HEAD.index("brow")] += 0.8 * hold
+        elif name == "smile":
+            out.width += _SMILE * hold
+            out.head[HEAD.index("brow")] += 0.2 * hold
+        elif name == "wink":
+            out.wink = max(out.wink, _lid(moment * (_DOWN + _HOLD + _UP) / length))
+        else:
+            out.blink = max(out.blink, _lid(moment))
+    return out
+
+
 # --- a session ------------------------------------------------------------------------------------
 
 
@@ -398,6 +456,10 @@ class VisemeSession:
         self._from = _REST
         self._length = 0
         self._eased = 0
+        # Gestures that are asked for, by their seconds within the turn; and those under way.
+        self._asked: list[tuple[float, str]] = []
+        self._gestures: list[tuple[int, str]] = []
+        self._row = 0
         # Speech on its way to take the mouth over.
         self._entered = 0
         self._entry = _REST
@@ -411,6 +473,9 @@ class VisemeSession:
 
     def flush(self) -> list[Job]:
         jobs = self._speak(self._articulator.flush())
+        # What was asked for at the very end, or after it, comes now.
+        self._gestures += [(self._clock, name) for _, name in self._asked]
+        self._asked, self._row = [], 0
         self._part(self._spec.ease)
         return jobs
 
@@ -429,7 +494,9 @@ class VisemeSession:
 
     def reset(self, clock: int | None = None, ease: int = 3) -> None:
         self._articulator.reset()
+        self._asked, self._row = [], 0
         if clock is not None:
+            self._gestures = [one for one in self._gestures if one[0] < clock]
             if clock < 0:
                 raise EngineError(f"a picture clock can't be {clock}")
             known = self._shown.get(clock - 1)
@@ -446,6 +513,12 @@ class VisemeSession:
 
     def cue(self, cues: Sequence[Cue]) -> None:
         self._articulator.cue(cues)
+        for cue in cues:
+            if cue.kind == "gesture":
+                if cue.text in GESTURES:
+                    self._asked.append((cue.start, cue.text))
+                else:
+                    log.debug("a gesture is not known to viseme")
 
     def _part(self, ease: int) -> None:
         """From here on the mouth closes, until speech takes it."""
@@ -455,6 +528,10 @@ class VisemeSession:
     def _speak(self, rows: Float32) -> list[Job]:
         jobs = []
         for row in np.asarray(rows, np.float32):
+            moment = (self._row + 1) / self._spec.fps
+            self._row += 1
+            self._gestures += [(self._clock, name) for at, name in self._asked if at < moment]
+            self._asked = [one for one in self._asked if one[0] >= moment]
             if self._entered == 0:
                 self._entry = self._now[:PARAMETERS]
             self._entered += 1
@@ -468,8 +545,8 @@ class VisemeSession:
     def _job(self, mouth: Float32, *, speech: bool) -> Job:
         state = np.empty(PARAMETERS + 1, np.float32)
         state[:PARAMETERS] = mouth
-        nod = self._now[_NOD] + (mouth[_LEVEL] - self._now[_NOD]) * np.float32(self._follow)
-        state[_NOD] = nod if nod > 4e-3 else 0.0
+        nod = self._now[_CALM] + (mouth[_LEVEL] - self._now[_CALM]) * np.float32(self._follow)
+        state[_CALM] = nod if nod > 4e-3 else 0.0
         clock = self._clock
         self._now = state
         self._shown[clock] = state
@@ -479,10 +556,27 @@ class VisemeSession:
         head = self._life.head(clock)
         if self._motion > 0:
             # Who speaks up, lifts chin and brows a little.
-            loud = float(state[_NOD])
+            loud = float(state[_CALM])
             head[HEAD.index("pitch")] += 0.022 * math.sin(4.6 * loud) * loud
             head[HEAD.index("brow")] += 0.5 * loud * loud
-        pose = Pose(self._widened(mouth), head, self._life.blink(clock))
+        blink, wink = self._life.blink(clock), 0.0
+        mouth = self._widened(mouth)
+        if self._gestures:
+            fps = self._spec.fps
+            self._gestures = [
+                one
+                for one in self._gestures
+                if clock < one[0] + (GESTURES[one[1]] + KEPT / fps) * fps
+            ]
+            extra = gestured(self._gestures, clock, fps, min(1.0, self._motion))
+            head = head + extra.head
+            blink, wink = max(blink, extra.blink), extra.wink
+            if extra.width > 0:
+                mouth = mouth.copy()
+                # Wide and round are opposites: who smiles rounds less.
+                mouth[1] = min(1.0, float(mouth[1]) + extra.width)
+                mouth[2] *= 1 - 0.5 * extra.width
+        pose = Pose(mouth, head, blink, wink)
         return Job(self, clock, speech, pose)
 
     def _widened(self, mouth: Float32) -> Float32:
