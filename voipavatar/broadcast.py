@@ -108,7 +108,8 @@ class Slate:
 
     STEP = 0.08
     """Seconds between the pictures of the idle loop that is kept."""
-    KEPT = 25
+    KEPT, LEAST = 25, 6
+    """Pictures that make a good loop, and those that are better than none."""
 
     def __init__(
         self, width: int, height: int, fps: int, *, text: str = "We will be right back"
@@ -138,7 +139,7 @@ class Slate:
         """What to show `gap` seconds after the last frame, at programme frame `number`."""
         if self._last is not None and gap < LAST_FRAME:
             return "last", self._last
-        if gap < IDLE_LOOP and len(self._idle) > 1:
+        if gap < IDLE_LOOP and len(self._idle) >= self.LEAST:
             return "idle", self._idle_picture(number)
         if self._last is not None and gap < IDLE_LOOP:
             return "last", self._last
@@ -212,7 +213,8 @@ class Broadcast:
         self._on_event = on_event
         self._slate = Slate(spec.source_width, spec.source_height, spec.source_fps, text=still_text)
         self._timeline = Timeline(spec.source_fps)
-        self._encoder: EncoderProcess | None = None
+        self.encoder: EncoderProcess | None = None
+        """The one that works now; None while it is replaced."""
         self._header: StreamHeader | None = None
         self._recent: deque[Packet] = deque()
         self._begun = asyncio.Event()
@@ -239,7 +241,7 @@ class Broadcast:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        encoder, self._encoder = self._encoder, None
+        encoder, self.encoder = self.encoder, None
         if encoder is not None:
             await encoder.aclose()  # its last packets go to the targets
             await asyncio.sleep(0.1)
@@ -326,8 +328,8 @@ class Broadcast:
     def caption(self, text: str, seconds: float = 4.0) -> None:
         """Words to burn into the picture from now on, for so long; empty takes them away."""
         self._caption = (text, time.monotonic() + seconds if text else 0.0)
-        if self._encoder is not None:
-            self._encoder.caption(text)
+        if self.encoder is not None:
+            self.encoder.caption(text)
 
     def _push(self, number: int, image: UInt8, pcm: Int16) -> None:
         wanted = slice_start(number + 1, FRAME_RATE, self.spec.source_fps) - slice_start(
@@ -335,7 +337,7 @@ class Broadcast:
         )
         if len(pcm) != wanted:  # a frame shown twice on a grid that isn't even (24 fps)
             pcm = np.resize(pcm, wanted) if len(pcm) else np.zeros(wanted, np.int16)
-        if self._encoder is not None and not self._encoder.push(number, image, pcm):
+        if self.encoder is not None and not self.encoder.push(number, image, pcm):
             self.lost_pictures += 1
 
     async def _tick(self) -> None:
@@ -365,13 +367,13 @@ class Broadcast:
         if self._header is not None and header != self._header:
             for target in self.targets.values():
                 target.push(header)
-        self._header, self._encoder = header, encoder
+        self._header, self.encoder = header, encoder
 
     async def _keep_encoder(self) -> None:
         backoff = Backoff()
         failed_since: float | None = None
         while True:
-            encoder = self._encoder
+            encoder = self.encoder
             if encoder is not None:
                 try:
                     await asyncio.wait_for(encoder.ended.wait(), 0.25)
@@ -381,7 +383,7 @@ class Broadcast:
                     if not owes or owes < ENCODER_LIMIT:
                         continue
                     why = "stuck"
-                self._encoder = None
+                self.encoder = None
                 await encoder.kill(why)
                 logger.error("the encoder is replaced", extra={"why": why, "said": encoder.reason})
                 self.encoder_restarts += 1

@@ -63,6 +63,9 @@ while and says that the name is taken)."""
 SHORT_LIFE, SHORT_LIVES = 5.0, 4
 """A new target that is taken and dropped within so many seconds, so many times, has a bad key."""
 
+PROOF = 0.3
+"""Seconds that a connection must last before it counts as live."""
+
 MOVED = 16_384
 """Acknowledged bytes from which a connection has carried more than greetings."""
 
@@ -526,6 +529,8 @@ class Target:
         self.reconnects = 0
         self.latency = 0.0
         """Seconds between a frame's arrival here and its last byte's departure."""
+        self.carried = 0
+        """Bytes of pictures and sound that have left."""
         self._feed, self._persist, self._rotation = feed, persist, rotation
         self._backoff = Backoff()
         self._lines: list[_Line] = []
@@ -565,6 +570,7 @@ class Target:
     def count(self, packet: Packet) -> None:
         """A packet has left."""
         now = time.monotonic()
+        self.carried += len(packet.data)
         self._sent.append((now, len(packet.data), packet.kind == "video"))
         self._forget(now)
         if packet.sent:
@@ -611,6 +617,7 @@ class Target:
             try:
                 line = await self._connect()
                 began = time.monotonic()
+                await self._prove(line)
                 self._become(State.LIVE, "")
                 await self._hold(line)
                 self._rotate(line)
@@ -644,6 +651,12 @@ class Target:
             self._short_lives += 1
         if not error.retryable and (not self._ever_live or outage > REFUSED_LIMIT):
             raise error
+        if first and not moved and lived is not None and not self._persist:
+            raise TransportError(
+                f"{self.url} agreed to take the stream and hung up before it had any: "
+                "the stream key is wrong, has run out, or is in use",
+                retryable=False,
+            )
         if first and not moved and not self._persist and error.retryable:
             raise TransportError(f"{error} (at the first attempt, so it is not tried again)")
         if self._short_lives >= SHORT_LIVES:
@@ -692,6 +705,17 @@ class Target:
     async def _open(self, link: Link) -> None:
         header = await self._feed.ready()
         await link.open(header, self._feed.recent())
+
+    async def _prove(self, line: _Line) -> None:
+        """Until the other end has taken pictures: many servers agree first and refuse then."""
+        assert line.task is not None
+        since = time.monotonic()
+        while line.link.acknowledged < MOVED or time.monotonic() - since < PROOF:
+            if self._stop.is_set():
+                return
+            await asyncio.wait({line.task}, timeout=0.05)
+            if line.task.done():
+                line.task.result()
 
     async def _hold(self, line: _Line) -> None:
         """Until the line breaks (raises TransportError), `stop`, or the time to rotate."""
