@@ -42,6 +42,9 @@ ENCODER_LIMIT = 4.0
 LAST_FRAME, IDLE_LOOP = 1.0, 10.0
 """Seconds without frames after which the idle loop, and then the still, takes over."""
 
+HOLD = 1.0
+"""Seconds for which sound waits for its pictures, at most."""
+
 ENCODERS = Counter("voipavatar_encoder_restarts", "Broadcast encoders replaced.", ["why"])
 SLATE = Counter("voipavatar_slate_frames", "Frames made up because none came.", ["what"])
 
@@ -217,6 +220,7 @@ class Broadcast:
         """The one that works now; None while it is replaced."""
         self._header: StreamHeader | None = None
         self._recent: deque[Packet] = deque()
+        self._held: deque[Packet] = deque()
         self._begun = asyncio.Event()
         self._ends = {"video": -1.0, "audio": -1.0}  # seconds up to which each track has gone out
         self._last_frame = float("-inf")
@@ -244,6 +248,7 @@ class Broadcast:
         encoder, self.encoder = self.encoder, None
         if encoder is not None:
             await encoder.aclose()  # its last packets go to the targets
+            self._release(float("inf"))
             await asyncio.sleep(0.1)
         await asyncio.gather(*(self.remove(id) for id in list(self.targets)))
 
@@ -385,6 +390,7 @@ class Broadcast:
                     why = "stuck"
                 self.encoder = None
                 await encoder.kill(why)
+                self._release(float("inf"))
                 logger.error("the encoder is replaced", extra={"why": why, "said": encoder.reason})
                 self.encoder_restarts += 1
                 ENCODERS.labels(why).inc()
@@ -399,7 +405,20 @@ class Broadcast:
                 await asyncio.sleep(backoff.next(time.monotonic() - failed_since))
 
     def _packet(self, packet: Packet) -> None:
-        """A packet from the encoder: to all targets, in rising order, from 0 on."""
+        """A packet from the encoder. Sound waits for the pictures of its time: x264 looks ahead."""
+        if packet.kind == "audio":
+            self._held.append(packet)
+            self._release(packet.seconds - HOLD)
+        else:
+            self._release(packet.seconds)
+            self._pass_on(packet)
+
+    def _release(self, until: float) -> None:
+        while self._held and self._held[0].seconds <= until:
+            self._pass_on(self._held.popleft())
+
+    def _pass_on(self, packet: Packet) -> None:
+        """To all targets, in rising order, from 0 on."""
         if packet.pts < 0 or packet.seconds <= self._ends[packet.kind]:
             return
         self._ends[packet.kind] = packet.seconds

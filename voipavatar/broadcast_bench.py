@@ -488,7 +488,12 @@ async def faults(
                 report.recoveries.setdefault(kind, []).append(round(took, 2))
                 report.faults += 1
                 progress(f"{report.faults}/{count} {kind}: flowing again after {took:.2f} s")
-                await asyncio.sleep(chance.uniform(0.5, 1.5))
+                if took > 5.0:
+                    for when, event in studio.events:
+                        if event.get("id") in names and when > time.time() - took - 15.0:
+                            said = f"{event['event']} {event['reason']}"
+                            progress(f"  {when - time.time():+.1f} s {event['id']}: {said}")
+                await asyncio.sleep(chance.uniform(0.2, min(1.5, longest)))
 
             async def line_faults(name: str, gate: Gate, number: int) -> None:
                 for _ in range(number):

@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 GOP_SECONDS = 2
 """Distance of keyframes, exactly: what YouTube and Twitch ask for."""
 
-SLOTS = 12
-"""Pictures that may be on their way to the child; at 25 fps, half a second."""
+SLOTS = 25
+"""Pictures that may be on their way to the child; at 25 fps, a second."""
 
 START_LIMIT = 30.0
 """Seconds in which a child must have opened its codecs (a cold disk, a busy machine)."""
@@ -524,15 +524,15 @@ def child_main(channel: int, memory: int) -> int:
     with socket.socket(fileno=channel) as sock, sock.makefile("rb") as stream:
         setup = json.loads(_expect(stream, b"S"))
         spec = Programme(**setup["programme"])
-        first = int(setup["first"])
+        first, slots = int(setup["first"]), int(setup["slots"])
         try:
             encoder = Encoder(spec, first)
         except ConfigError as error:
             sock.sendall(_message(b"E", str(error).encode()))
             return 1
-        with mmap.mmap(memory, SLOTS * picture_bytes(spec), access=mmap.ACCESS_READ) as shared:
+        with mmap.mmap(memory, slots * picture_bytes(spec), access=mmap.ACCESS_READ) as shared:
             pictures = np.frombuffer(shared, np.uint8).reshape(
-                SLOTS, spec.source_height * 3 // 2, spec.source_width
+                slots, spec.source_height * 3 // 2, spec.source_width
             )
             header = encoder.header
             fields = asdict(header) | {"avc": header.avc.hex(), "aac": header.aac.hex()}
@@ -654,7 +654,7 @@ class EncoderProcess:
         self._opened = loop.create_future()
         self._hearing = asyncio.ensure_future(self._hear_errors())
         self._reading = asyncio.ensure_future(self._read(reader))
-        setup = {"programme": asdict(self.spec), "first": self._first}
+        setup = {"programme": asdict(self.spec), "first": self._first, "slots": SLOTS}
         self._writer.write(_message(b"S", json.dumps(setup).encode()))
         try:
             self.header = await asyncio.wait_for(self._opened, START_LIMIT)
