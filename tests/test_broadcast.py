@@ -185,7 +185,7 @@ async def test_lines_that_are_cut_dead_or_slow_and_one_that_notices_nothing(inge
     (alone,) = found["slow"]
     assert alone.sound_gap <= 0.050
     for one in (one for several in found.values() for one in several):
-        assert one.back == 0 and one.worst <= 0.040 and one.offsets
+        assert one.back == 0 and one.worst <= 0.040 and (one.offsets or one.seconds < 3)
     (path,) = ingest.recordings("well")
     assert examine(path).picture_gap <= 0.0401 + lost / 25
 

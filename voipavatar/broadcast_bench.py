@@ -479,6 +479,7 @@ async def faults(
             studio.add(ingest.url("refused-key", app="closed"), "refused")
             for name in ("left", "right", "tape"):
                 await studio.live(name)
+            await asyncio.sleep(4.0)  # known good from here on: a target has to last a little
             quiet = {"left": asyncio.Lock(), "right": asyncio.Lock()}
 
             async def healed(kind: str, *names: str) -> None:

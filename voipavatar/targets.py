@@ -60,7 +60,7 @@ REFUSED_LIMIT = 120.0
 """Seconds for which a target that has been live may be refused (a server keeps a dead session for a
 while and says that the name is taken)."""
 
-SHORT_LIFE, SHORT_LIVES = 5.0, 4
+SHORT_LIFE, SHORT_LIVES = 3.0, 6
 """A new target that is taken and dropped within so many seconds, so many times, has a bad key."""
 
 PROOF = 0.3
