@@ -2,7 +2,7 @@
 
 VoipAvatarError
 ├── ConfigError                 a persona, a setting or an installation: the caller can mend it
-├── InputError                  a text, a sound or a message that can't be used: only that input fails
+├── InputError                  a text, sound or message that can't be used: only it fails
 ├── AvatarError                 a portrait or its prepared cache
 ├── EngineError                 an engine, a runtime or a device
 │   └── CapacityError           no room for another session just now
@@ -20,7 +20,7 @@ class VoipAvatarError(Exception):
 
 
 class ConfigError(VoipAvatarError):
-    """A persona, a setting or an installation is wrong; the message names the place and the mend."""
+    """A persona, a setting or an installation is wrong; the message names place and mend."""
 
 
 class InputError(VoipAvatarError):

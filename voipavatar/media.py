@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import av
 import numpy as np
@@ -28,7 +28,7 @@ ENGINE_RATE = 16_000
 """Sample rate, in Hz, of the sound that engines hear."""
 
 Mode: TypeAlias = Literal["append", "interrupt", "replace"]
-"""How a new turn meets the ones before it: waits for them, cuts the present one, or drops them all."""
+"""How a new turn meets those before it: waits, cuts the present one, or drops them all."""
 
 
 # --- speech in ------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Cue:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A turn is on its way (its text is being synthesised, say). Optional: `Audio` opens one too."""
+    """A turn is on its way (its text is being synthesised, say). Optional: `Audio` opens it too."""
 
     turn: int
     mode: Mode = "append"
@@ -131,6 +131,14 @@ class Sink(Protocol):
         """Finish what can be finished and let go. Idempotent."""
 
 
+@runtime_checkable
+class PatientSink(Protocol):
+    """A sink that can be waited for, where nothing may be lost (a file, on a clock that waits)."""
+
+    async def drain(self) -> None:
+        """Until `put` has room for a frame. Raises what made going on impossible."""
+
+
 def check_fps(fps: int) -> int:
     """`fps`, if pictures and samples can be paired exactly at it; ConfigError otherwise."""
     if not (1 <= fps <= 120 and FRAME_RATE % fps == 0):
@@ -144,7 +152,7 @@ def slice_start(index: int, rate: int, fps: int) -> int:
 
 
 def frames_for(samples: int, rate: int, fps: int) -> int:
-    """How many frames `samples` fill, the last one perhaps in part: the least n that covers them."""
+    """How many frames `samples` fill, the last perhaps in part: the least n that covers them."""
     return -(-samples * fps // rate)
 
 
@@ -168,7 +176,9 @@ class Resampler:
 
     def __init__(self, source: int, target: int) -> None:
         if not 4_000 <= source <= 384_000:
-            raise InputError(f"a sample rate of {source} Hz can't be used: send 8,000 to 192,000 Hz")
+            raise InputError(
+                f"a sample rate of {source} Hz can't be used: send 8,000 to 192,000 Hz"
+            )
         self.source = source
         self.target = target
         self._inner: av.AudioResampler | None = None
@@ -198,7 +208,8 @@ def _joined(frames: Sequence[av.AudioFrame]) -> Int16:
 
 def to_float(pcm: Int16) -> Float32:
     """int16 to float32 in [-1, 1)."""
-    return pcm.astype(np.float32) / np.float32(32768.0)
+    scaled: Float32 = pcm.astype(np.float32) / np.float32(32768)
+    return scaled
 
 
 # --- time -----------------------------------------------------------------------------------------

@@ -9,12 +9,26 @@ and happens on the Renderer's one thread, where the engine's objects are made, u
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
+from ..errors import CapacityError, EngineError
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, slice_start
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, 0 to 1."""
@@ -81,7 +95,7 @@ class Job:
 
 
 class EngineSession(Protocol):
-    """One room's state in an engine. Every method is quick (well under a frame) and never blocks."""
+    """One room's state in an engine. Methods are quick (well under a frame); none blocks."""
 
     @property
     def spec(self) -> Spec: ...
@@ -116,7 +130,8 @@ class Engine(Protocol):
     ) -> Avatar:
         """From a portrait or clip to a prepared folder. Slow, idempotent, resumable: what is
         whole already is loaded, what is damaged is built again. AvatarError says what to do
-        about a source that can't be used, ConfigError about options."""
+        about a source that can't be used, ConfigError about options. With `info.device` "cpu" it
+        may run on any thread, beside `render`."""
 
     def open(self, avatar: Avatar) -> EngineSession:
         """A new session on a prepared avatar. Under a second once the engine is warm."""
@@ -127,3 +142,240 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything. Idempotent."""
+
+
+# --- the one door to a device ---------------------------------------------------------------------
+
+
+class Picture:
+    """A picture that is being drawn. Made by `Renderer.submit`, filled on the renderer's thread."""
+
+    __slots__ = ("_done", "_waiter", "dropped", "error", "image", "job")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.image: UInt8 | None = None
+        self.error: Exception | None = None
+        self.dropped = False
+        self._done = False
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Drawn, failed or dropped."""
+        return self._done
+
+    def drop(self) -> None:
+        """Nobody wants it any more: it costs nothing if its turn has not come yet."""
+        self.dropped = True
+
+    async def wait(self) -> None:
+        """Until done. One waiter at a time."""
+        event = asyncio.Event()
+        self._waiter = (asyncio.get_running_loop(), event)
+        if not self._done:
+            await event.wait()
+        self._waiter = None
+
+    def settle(self, image: UInt8 | None = None, error: Exception | None = None) -> None:
+        """Called by whoever draws."""
+        self.image, self.error, self._done = image, error, True
+        waiter = self._waiter
+        if waiter is not None:
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits any more
+                waiter[0].call_soon_threadsafe(waiter[1].set)
+
+
+class Renderer:
+    """One thread that owns an engine: earliest deadline first, batches over all rooms.
+
+    The engine is made, used and freed on that thread. Safe to call from any event loop.
+    """
+
+    HEADROOM = 0.9
+    """Share of real time that drawing may take before another session is refused."""
+    PENDING = 4096
+    """Jobs that may wait; beyond it the latest are given up, so that memory stays bounded."""
+
+    def __init__(self, make: Callable[[], Engine], name: str = "engine") -> None:
+        self._make = make
+        self._name = name
+        self._lock = threading.Condition()
+        self._jobs: list[tuple[float, int, Picture]] = []
+        self._calls: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
+        self._order = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._engine: Engine | None = None
+        self._closing = False
+        self._cost = 0.0
+        self._drawn = 0
+        self._failed = 0
+        self._sessions = 0
+        self.failure: Exception | None = None
+        """What the last batch failed with; None while drawing works."""
+
+    async def start(self) -> EngineInfo:
+        """Make the engine; idempotent. EngineError or ConfigError when it can't be made."""
+        with self._lock:
+            if self._closing:
+                raise EngineError(f"the {self._name} renderer is closed")
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name=f"renderer-{self._name}", daemon=True
+                )
+                self._thread.start()
+        return await self.call(lambda engine: engine.info)
+
+    async def call(self, work: Callable[[Engine], T]) -> T:
+        """Run `work(engine)` on the thread, between batches."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> T:
+            if self._engine is None:
+                self._engine = self._make()
+            return work(self._engine)
+
+        with self._lock:
+            if self._closing or self._thread is None:
+                raise EngineError(f"the {self._name} renderer is not running")
+            self._calls.append((run, future))
+            self._lock.notify()
+        return await asyncio.wrap_future(future)
+
+    async def prepare(
+        self, source: Path, target: Path, options: dict[str, Any], progress: Progress
+    ) -> Avatar:
+        """`Engine.prepare`. On a CPU it runs beside the drawing: rooms don't wait for it."""
+        engine = await self.call(lambda engine: engine)
+        if engine.info.device == "cpu":
+            return await asyncio.to_thread(engine.prepare, source, target, options, progress)
+        return await self.call(lambda engine: engine.prepare(source, target, options, progress))
+
+    async def open(self, avatar: Avatar) -> EngineSession:
+        """A session on this engine. CapacityError when drawing would not keep up with it."""
+        session = await self.call(lambda engine: engine.open(avatar))
+        load = (self._sessions + 1) * session.spec.fps * self._cost
+        if self._sessions and self._drawn > 50 and load > self.HEADROOM:
+            raise CapacityError(
+                f"{self._sessions} sessions run and a picture takes {self._cost * 1000:.1f} ms: "
+                f"one more would need {load:.0%} of the {self._name} engine's time. "
+                "End a session, start another worker, or make the picture smaller"
+            )
+        self._sessions += 1
+        return session
+
+    def release(self) -> None:
+        """A session that `open` gave is over."""
+        self._sessions = max(0, self._sessions - 1)
+
+    def submit(self, jobs: Sequence[Job], due: Sequence[float]) -> list[Picture]:
+        """Queue jobs; `due` says when each is wanted, in the caller's clock. Never blocks."""
+        pictures = [Picture(job) for job in jobs]
+        with self._lock:
+            closed = self._closing or self._thread is None
+            full = len(self._jobs) + len(pictures) > self.PENDING
+            if not (closed or full):
+                for when, picture in zip(due, pictures, strict=True):
+                    heapq.heappush(self._jobs, (when, next(self._order), picture))
+                self._lock.notify()
+        if closed or full:
+            reason = "is closed" if closed else f"has {self.PENDING} jobs waiting"
+            for picture in pictures:
+                picture.settle(error=EngineError(f"the {self._name} renderer {reason}"))
+        return pictures
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, and the smoothed cost of a picture."""
+        return {
+            "sessions": self._sessions,
+            "drawn": self._drawn,
+            "failed": self._failed,
+            "waiting": len(self._jobs),
+            "ms_per_picture": self._cost * 1000,
+        }
+
+    async def aclose(self) -> None:
+        """Stop: what waits is dropped, the engine is freed, the thread joined. Idempotent."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        thread = self._thread
+        if thread is not None:
+            await asyncio.to_thread(thread.join, 30.0)
+            if thread.is_alive():
+                logger.error("renderer thread did not end", extra={"engine": self._name})
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._jobs or self._calls or self._closing):
+                    self._lock.wait()
+                if self._closing:
+                    break
+                call = self._calls.popleft() if self._calls else None
+                batch = [] if call else self._batch()
+            if call is not None:
+                _answer(*call)
+            elif batch:
+                self._draw(batch)
+        self._end()
+
+    def _batch(self) -> list[Picture]:
+        """The most urgent jobs that somebody still wants. The lock is held."""
+        engine, batch = self._engine, list[Picture]()
+        limit = engine.info.batch if engine is not None else 1
+        while self._jobs and len(batch) < limit:
+            picture = heapq.heappop(self._jobs)[2]
+            if picture.dropped:
+                picture.settle()
+            else:
+                batch.append(picture)
+        return batch
+
+    def _draw(self, batch: list[Picture]) -> None:
+        begin = time.perf_counter()
+        try:
+            if self._engine is None:
+                raise EngineError(f"the {self._name} engine was never made")
+            images = self._engine.render([picture.job for picture in batch])
+        except (
+            Exception
+        ) as error:  # the engine is a plug-in: whatever it raises must not end the thread
+            if self.failure is None:
+                logger.exception("engine failed to draw", extra={"engine": self._name})
+            self.failure = error
+            self._failed += len(batch)
+            for picture in batch:
+                picture.settle(error=error)
+            return
+        self.failure = None
+        each = (time.perf_counter() - begin) / len(batch)
+        self._cost = each if self._drawn == 0 else 0.95 * self._cost + 0.05 * each
+        self._drawn += len(batch)
+        for picture, image in zip(batch, images, strict=True):
+            picture.settle(image)
+
+    def _end(self) -> None:
+        closed = EngineError(f"the {self._name} renderer is closed")
+        for _, _, picture in self._jobs:
+            picture.settle(error=closed)
+        self._jobs.clear()
+        while self._calls:
+            self._calls.popleft()[1].set_exception(closed)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            try:
+                engine.close()
+            except Exception:  # closing goes on: there is nobody left to tell but the log
+                logger.exception("engine failed to close", extra={"engine": self._name})
+
+
+def _answer(call: Callable[[], Any], future: concurrent.futures.Future[Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

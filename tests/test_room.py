@@ -1,0 +1,302 @@
+"""An avatar in a real room, seen and heard by a second participant."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from voipavatar import bench
+from voipavatar.config import Persona, Settings
+from voipavatar.errors import TransportError
+from voipavatar.livekit_server import LiveKitServer
+from voipavatar.media import FRAME_RATE, Frame, Int16, i420
+from voipavatar.room import RoomOptions, RoomSink
+from voipavatar.session import Played, Session, Studio
+from voipavatar.viewer import Viewer
+
+pytestmark = pytest.mark.server
+
+CLAPPER = Persona(name="clapper", engine="clapper", width=640, height=360)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings.from_env({})
+
+
+@pytest_asyncio.fixture
+async def studio(settings: Settings) -> AsyncIterator[Studio]:
+    async with Studio(settings) as one:
+        yield one
+
+
+def options(livekit: LiveKitServer, room: str) -> RoomOptions:
+    return RoomOptions(livekit.url, room, livekit.api_key, livekit.api_secret)
+
+
+def viewer(livekit: LiveKitServer, room: str, **more: Any) -> Viewer:
+    return Viewer(livekit.url, room, livekit.api_key, livekit.api_secret, **more)
+
+
+def sweep(seconds: float, low: float = 500.0, high: float = 4_500.0) -> Int16:
+    """A tone whose pitch tells how far into it one is."""
+    times = np.arange(round(seconds * FRAME_RATE)) / FRAME_RATE
+    phase = 2 * np.pi * (low * times + (high - low) / (2 * seconds) * times**2)
+    return (np.sin(phase) * 12_000).astype(np.int16)
+
+
+def pitch(pcm: Int16) -> float:
+    """Hz of a pure tone, by the best of its spectrum's bins, interpolated."""
+    spectrum = np.abs(np.fft.rfft(pcm * np.hanning(len(pcm)), 1 << 15))
+    k = int(np.argmax(spectrum[1:-1])) + 1
+    a, b, c = spectrum[k - 1 : k + 2]
+    shift = 0.5 * (a - c) / (a - 2 * b + c) if a - 2 * b + c else 0.0
+    return float((k + shift) * FRAME_RATE / (1 << 15))
+
+
+# --- joining and idling ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_joins_at_once_and_idles_without_a_gap(
+    livekit: LiveKitServer, studio: Studio
+) -> None:
+    begin = time.monotonic()
+    await studio.open(CLAPPER, room=options(livekit, "idle"))
+    async with viewer(livekit, "idle") as seen:
+        await seen.wait()
+        assert seen.pictures[0].time - begin <= 2.0
+        await asyncio.sleep(30)
+        pictures = seen.pictures
+    clocks = np.array([picture.clock for picture in pictures])
+    assert len(pictures) >= 30 * 25 * 0.98
+    # A picture may come late on a busy machine, but none is missing for long, frozen or blank.
+    steps = np.diff(clocks)
+    assert (steps >= 0).all() and np.percentile(steps, 99) <= 2
+    assert np.percentile(seen.gaps()[25:], 99) <= 0.1
+    assert all(25 < picture.luma < 60 for picture in pictures)
+
+
+async def test_a_wrong_key_or_no_server_says_what_to_check(
+    livekit: LiveKitServer, studio: Studio
+) -> None:
+    wrong = RoomOptions(livekit.url, "wrong", livekit.api_key, "x" * 40)
+    with pytest.raises(TransportError, match="LIVEKIT_API_SECRET"):
+        await studio.open(CLAPPER, room=wrong)
+    nobody = RoomOptions("ws://127.0.0.1:9", "nobody", "k", "s" * 40, timeout=3.0)
+    with pytest.raises(TransportError, match="Is the server running"):
+        await studio.open(CLAPPER, room=nobody)
+    assert not studio.sessions
+
+
+async def test_close_before_start_twice_and_while_starting(livekit: LiveKitServer) -> None:
+    sink = RoomSink(options(livekit, "early"), 64, 64, 25)
+    await sink.aclose()
+    await sink.aclose()
+    for pause in (0.0, 0.01, 0.05, 0.1):
+        sink = RoomSink(options(livekit, f"early-{pause}"), 64, 64, 25)
+        task = asyncio.create_task(sink.start())
+        await asyncio.sleep(pause)
+        task.cancel()
+        with pytest.raises((asyncio.CancelledError, TransportError)):
+            await task
+            raise asyncio.CancelledError
+        await sink.aclose()
+        sink.put(Frame(0, i420(64, 64), np.zeros(1920, np.int16), None))
+        assert sink.clear() == 0.0 and sink.latency == 0.0
+
+
+# --- speech ---------------------------------------------------------------------------------------
+
+
+async def test_says_shows_and_reports(livekit: LiveKitServer, studio: Studio) -> None:
+    session = await studio.open(CLAPPER, room=options(livekit, "say"))
+    async with viewer(livekit, "say") as seen:
+        await seen.wait()
+        await asyncio.sleep(1.0)
+        begin = time.monotonic()
+        turn = session.open_turn()
+        turn.push(bench.beeps(3.2), FRAME_RATE)
+        turn.end()
+        assert await asyncio.wait_for(turn.finished, 10) == Played(3.2, False)
+        await asyncio.sleep(0.7)
+        [first, *_] = seen.flashes()
+        assert first[0] - begin - 0.16 <= 0.5
+        assert len(seen.flashes()) == 5 and len(seen.loud_spans()) == 5
+    assert session.state == "idle"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_sound_and_picture_stay_together(livekit: LiveKitServer, settings: Settings) -> None:
+    """Two minutes of flashes and beeps, the loop held for a second in the middle."""
+    found = await bench.sync(settings, minutes=2.0, server=livekit, stall_after=60.0)
+    print(found)
+    assert found["beeps"] > 150 and found["stalls"] >= 1
+    assert abs(found["source_median"]) <= 20
+    values = [found["after_stall_min"], found["after_stall_max"], found["after_stall_median"]]
+    assert max(map(abs, values)) <= 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_a_hundred_interruptions(livekit: LiveKitServer, studio: Studio) -> None:
+    """At random moments: exactly one finished, the truth about what was heard, and silence soon."""
+    rng = random.Random(7)
+    session = await studio.open(CLAPPER, room=options(livekit, "barge"))
+    late_sound, late_flash, errors, heard_any = [], [], [], 0
+    async with viewer(livekit, "barge") as seen:
+        await seen.wait()
+        await asyncio.sleep(1.5)
+        for _ in range(100):
+            del seen.pictures[:-5]
+            begun = time.monotonic()
+            turn = session.open_turn()
+            turn.push(sweep(4.0), FRAME_RATE)
+            turn.end()
+            await asyncio.sleep(rng.uniform(0.0, 0.7))
+            asked = time.monotonic()
+            await session.interrupt()
+            assert turn.finished.done(), "finished must be told in the same breath"
+            played = turn.finished.result()
+            assert played.interrupted
+            await asyncio.sleep(0.55)
+            spans = _since(seen, begun)
+            flashes = [span for span in seen.flashes() if span[0] > begun]
+            if played.heard == 0.0:
+                assert not spans, "what was not heard by its own account must not be heard"
+                continue
+            heard_any += 1
+            last = seen.when([spans[-1][1]])[0] if spans else asked
+            late_sound.append(last - asked)
+            late_flash.append(flashes[-1][1] - asked if flashes else 0.0)
+            if played.heard > 0.15 and spans:
+                errors.append(_position(seen, spans[-1]) - played.heard)
+    counters = session.stage.counters
+    assert counters.interrupted == 100 and counters.turns == 100
+    print(
+        "heard", heard_any,
+        "sound", bench.summary("ms", late_sound),
+        "picture", bench.summary("ms", late_flash),
+        "position", bench.summary("ms", np.abs(errors)),
+    )  # fmt: skip
+    assert heard_any > 50
+    assert np.percentile(late_sound, 95) <= 0.150
+    assert np.percentile(late_flash, 95) <= 0.300 and max(late_flash) <= 0.400
+    assert np.percentile(np.abs(errors), 95) <= 0.040
+
+
+def _since(seen: Viewer, begun: float) -> list[tuple[int, int]]:
+    """Spans of sound that began after `begun`, but for clicks."""
+    spans = [span for span in seen.loud_spans(0.02) if span[1] - span[0] > 0.01 * FRAME_RATE]
+    times = seen.when([begin for begin, _ in spans])
+    return [span for span, when in zip(spans, times, strict=True) if when > begun]
+
+
+def _position(seen: Viewer, span: tuple[int, int]) -> float:
+    """Seconds into the sweep at which the sound stopped, told by its last pitch."""
+    pcm, first = seen.heard()
+    end = span[1] - first - 200  # the fade of a lost edge is no tone
+    window = pcm[max(0, end - 960) : end]
+    middle = (pitch(window) - 500.0) / 1000.0  # 4,000 Hz over 4 s
+    return middle + (len(window) / 2 + 200) / FRAME_RATE
+
+
+async def test_events_tell_what_happens_in_order(livekit: LiveKitServer, studio: Studio) -> None:
+    session = await studio.open(CLAPPER, room=options(livekit, "events"))
+    told: list[dict[str, Any]] = []
+
+    async def listen() -> None:
+        async for event in session.events():
+            told.append(event)
+
+    task = asyncio.create_task(listen())
+    await asyncio.sleep(0.1)
+    turn = session.open_turn()
+    turn.push(bench.beeps(0.64), FRAME_RATE)
+    turn.end()
+    await turn.finished
+    await asyncio.sleep(0.5)
+    await session.aclose()
+    await asyncio.wait_for(task, 5)
+    kinds = [(event["type"], event.get("state")) for event in told]
+    assert kinds == [
+        ("state", "idle"),
+        ("state", "processing"),
+        ("state", "talking"),
+        ("started", None),
+        ("state", "transitioning"),
+        ("state", "idle"),
+        ("finished", None),
+        ("closed", None),
+    ] or sorted(map(str, kinds)) == sorted(
+        map(
+            str,
+            [
+                ("state", "idle"),
+                ("state", "processing"),
+                ("state", "talking"),
+                ("started", None),
+                ("state", "transitioning"),
+                ("finished", None),
+                ("state", "idle"),
+                ("closed", None),
+            ],
+        )
+    )
+
+
+# --- a server that goes away ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_comes_back_when_the_server_does(make_livekit: Any, studio: Studio) -> None:
+    server: LiveKitServer = await make_livekit()
+    session: Session = await studio.open(CLAPPER, room=options(server, "back"))
+    states: list[str] = []
+
+    async def listen() -> None:
+        async for event in session.events():
+            if event["type"] == "room":
+                states.append(event["state"])
+
+    task = asyncio.create_task(listen())
+    turn = session.open_turn()
+    for _ in range(6):
+        turn.push(bench.beeps(6.4), FRAME_RATE)
+    async with viewer(server, "back") as seen:
+        await seen.wait()
+    await server.kill()
+    frames = session.stage.counters.frames
+    await asyncio.sleep(2.0)
+    assert session.stage.counters.frames - frames >= 40, "the stage must not notice"
+    await server.start()
+    async with asyncio.timeout(40) if hasattr(asyncio, "timeout") else _no_limit():
+        while not (states and states[-1] == "connected"):
+            await asyncio.sleep(0.1)
+    async with viewer(server, "back", identity="another") as seen:
+        await seen.wait(15)
+        count = len(seen.pictures)
+        await asyncio.sleep(2.0)
+        assert len(seen.pictures) - count > 40
+        assert seen.flashes(), "it went on talking"
+    turn.end()
+    await session.interrupt()
+    await asyncio.wait_for(turn.finished, 5)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+class _no_limit:
+    """Python 3.10 has no asyncio.timeout; pytest's own limit ends the test there."""
+
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...

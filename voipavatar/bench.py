@@ -1,0 +1,371 @@
+"""Measurements that anyone can repeat: `voipavatar bench stage | sync | engine`.
+
+Each is a coroutine that gives a flat mapping of names and numbers, times in milliseconds unless
+the name says otherwise. The tests call the same functions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .config import Persona, Settings, load_persona
+from .engines import Spec
+from .errors import VoipAvatarError
+from .livekit_server import LiveKitServer
+from .media import FRAME_RATE, Frame, Int16
+from .room import RoomOptions
+from .session import Session, Studio
+from .version import __version__
+from .viewer import Viewer
+
+Tell = Callable[[str], None]
+
+BEEP = 0.16
+"""Seconds a beep lasts: four frames at 25 fps."""
+PERIOD = 0.64
+"""Seconds from beep to beep: a whole number of frames, and long enough to pair them surely."""
+
+
+def _quiet(what: str) -> None:
+    """Progress that nobody watches."""
+
+
+def beeps(seconds: float, rate: int = FRAME_RATE) -> Int16:
+    """Beeps of `BEEP` seconds every `PERIOD`, the first after 0.16 s, int16 mono."""
+    times = np.arange(round(seconds * rate)) / rate
+    loud = (times + PERIOD - 0.16) % PERIOD < BEEP
+    return (np.sin(2 * np.pi * 1000 * times) * loud * 16_000).astype(np.int16)
+
+
+def chatter(seconds: float, rate: int = FRAME_RATE, seed: int = 1) -> Int16:
+    """Sound with the rhythm of speech (syllables of 0.1 to 0.3 s, pauses), int16 mono."""
+    rng = np.random.default_rng(seed)
+    parts: list[Int16] = []
+    made = 0
+    while made < seconds * rate:
+        length = int(rng.uniform(0.1, 0.3) * rate)
+        times = np.arange(length) / rate
+        pitch = rng.uniform(100, 180)
+        voice = sum(np.sin(2 * np.pi * pitch * k * times) / k for k in range(1, 20))
+        envelope = np.sin(np.pi * np.arange(length) / length) * rng.uniform(0.2, 1.0)
+        parts.append((voice * envelope * 9_000).astype(np.int16))
+        if rng.random() < 0.15:
+            parts.append(np.zeros(int(rng.uniform(0.1, 0.4) * rate), np.int16))
+        made = sum(len(part) for part in parts)
+    return np.concatenate(parts)[: round(seconds * rate)]
+
+
+def summary(name: str, values: list[float] | np.ndarray[Any, Any]) -> dict[str, float]:
+    """Median, 95th and 99th percentile and maximum of seconds, as milliseconds."""
+    ms = np.asarray(values, float) * 1000
+    if not len(ms):
+        return {}
+    return {
+        f"{name}_median": round(float(np.median(ms)), 3),
+        f"{name}_p95": round(float(np.percentile(ms, 95)), 3),
+        f"{name}_p99": round(float(np.percentile(ms, 99)), 3),
+        f"{name}_max": round(float(ms.max()), 3),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on."""
+    return {
+        "voipavatar": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+class _Void:
+    """A sink that throws away."""
+
+    latency = 0.0
+
+    def put(self, frame: Frame) -> None: ...
+
+    def clear(self) -> float:
+        return 0.0
+
+    async def aclose(self) -> None: ...
+
+
+def _void(spec: Spec) -> _Void:
+    return _Void()
+
+
+# --- the stage ------------------------------------------------------------------------------------
+
+
+async def stage(
+    settings: Settings, *, persona: str = "default", seconds: float = 30.0, tell: Tell = _quiet
+) -> Mapping[str, Any]:
+    """What a session costs without encoders: half the time idle, half talking.
+
+    `loop_*` is the event loop's thread, all that the stage does; `drawing_*` is the engine's.
+    Both as a percentage of one core.
+    """
+    found: dict[str, Any] = machine() | {"persona": persona, "seconds": seconds}
+    async with Studio(settings) as studio:
+        session = await studio.open(load_persona(persona, settings), sinks=[_void])
+        ticks = _timed(session)
+        await asyncio.sleep(1.0)
+        for phase in ("idle", "talking"):
+            tell(phase)
+            if phase == "talking":
+                turn = session.open_turn()
+                turn.push(chatter(seconds), FRAME_RATE)
+                turn.end()
+                await turn.started
+            ticks.clear()
+            wall, loop, everything = time.perf_counter(), time.thread_time(), time.process_time()
+            await asyncio.sleep(seconds / 2)
+            wall = time.perf_counter() - wall
+            loop = time.thread_time() - loop
+            everything = time.process_time() - everything
+            found |= summary(f"tick_{phase}", ticks)
+            found[f"loop_{phase}_percent"] = round(100 * loop / wall, 2)
+            found[f"drawing_{phase}_percent"] = round(100 * (everything - loop) / wall, 2)
+        counters = session.stage.counters
+        renderer = await studio.renderer(session.persona.engine)
+        found |= {
+            "frames": counters.frames,
+            "late": counters.late,
+            "idle_late": counters.idle_late,
+            "stalls": counters.stalls,
+            "ms_per_picture": round(renderer.stats()["ms_per_picture"], 3),
+        }
+    return found
+
+
+def _timed(session: Session) -> list[float]:
+    """Measure every tick of a session's stage from now on."""
+    times: list[float] = []
+    tick = session.stage.tick
+
+    def timed() -> Frame:
+        begin = time.perf_counter()
+        frame = tick()
+        times.append(time.perf_counter() - begin)
+        return frame
+
+    session.stage.tick = timed  # type: ignore[method-assign]
+    return times
+
+
+# --- sync -----------------------------------------------------------------------------------------
+
+
+async def sync(
+    settings: Settings,
+    *,
+    minutes: float = 2.0,
+    tell: Tell = _quiet,
+    server: LiveKitServer | None = None,
+    width: int = 640,
+    height: int = 360,
+    stall_after: float | None = None,
+) -> Mapping[str, Any]:
+    """Flash against beep at a viewer in a real room. Positive: the picture is late.
+
+    `seen_*` is what the viewer sees and hears. `source_*` is what was sent: less what the viewer's
+    own jitter buffers add, by WebRTC's statistics of the same second (exact to about 10 ms). With
+    `stall_after` the event loop is held for one second then, and `after_stall_*` tells the offsets
+    at the source from two seconds after it on.
+    """
+    async with _Server(settings, server, tell) as access:
+        tell(f"measuring for {minutes:g} min")
+        persona = Persona(name="clapper", engine="clapper", width=width, height=height)
+        room = f"sync-{time.monotonic_ns()}"
+        async with Studio(settings) as studio:
+            session = await studio.open(
+                persona, room=RoomOptions(access.url, room, access.api_key, access.api_secret)
+            )
+            async with Viewer(access.url, room, access.api_key, access.api_secret) as viewer:
+                await viewer.wait()
+                measured = await _measure(session, viewer, minutes * 60, stall_after)
+                status = session.status()
+    if not measured.seen:
+        raise VoipAvatarError("the viewer saw no flash and heard no beep: is the machine too busy?")
+    found: dict[str, Any] = machine() | {
+        "minutes": minutes,
+        "beeps": len(measured.seen),
+        **_spread("seen", [value for _, value in measured.seen]),
+        **_spread("source", [value for _, value in measured.source()]),
+        **summary("gap", measured.gaps),
+        "underruns": status["room"]["underruns"],
+        "late": status["counters"]["late"],
+        "stalls": status["counters"]["stalls"],
+    }
+    if measured.held is not None:
+        since = measured.held + 2.0
+        after = [value for at, value in measured.source() if at > since]
+        found |= _spread("after_stall", _smooth(after))
+    return found
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running medians of five: the viewer's buffers are known by the second, not by the beep."""
+    return [float(np.median(values[i : i + 5])) for i in range(max(1, len(values) - 4))]
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    """Median and extremes, in milliseconds."""
+    ms = np.asarray(values) * 1000
+    if not len(ms):
+        return {}
+    return {
+        f"{name}_median": round(float(np.median(ms)), 1),
+        f"{name}_min": round(float(ms.min()), 1),
+        f"{name}_max": round(float(ms.max()), 1),
+    }
+
+
+@dataclass
+class _Measured:
+    """Offsets as seen, and what the viewer's buffers did at the time."""
+
+    seen: list[tuple[float, float]]
+    buffers: list[tuple[float, float]]
+    gaps: list[float]
+    held: float | None
+    """When the loop was let go again."""
+    stalls: list[float]
+    """When the machine itself held the stage."""
+
+    def source(self) -> list[tuple[float, float]]:
+        """Offsets less the viewer's buffers, where their state is known to the second, and not
+        around stalls of the machine."""
+        times = np.array([at for at, _ in self.buffers])
+        if not len(times):
+            return []
+        found = []
+        for at, value in self.seen:
+            nearest = int(np.argmin(np.abs(times - at)))
+            known = abs(times[nearest] - at) < 1.0
+            if known and not any(0 < at - stall + 1.0 < 4.0 for stall in self.stalls):
+                found.append((at, value - self.buffers[nearest][1]))
+        return found
+
+
+async def _measure(
+    session: Session, viewer: Viewer, seconds: float, stall_after: float | None
+) -> _Measured:
+    """Beep for `seconds`, collecting offsets as they come, so that hours fit into memory."""
+    turn = session.open_turn()
+    begin, pushed = time.monotonic(), 0.0
+    held: float | None = None
+    stalls: list[float] = []
+    stalled = session.stage.counters.stalls
+    seen: dict[float, float] = {}
+    buffers: list[tuple[float, float]] = []
+    gaps: list[float] = []
+    piece = beeps(10 * PERIOD)
+    await viewer.buffering()
+    while time.monotonic() - begin < seconds:
+        while pushed < time.monotonic() - begin + 2.0:
+            turn.push(piece, FRAME_RATE)
+            pushed += len(piece) / FRAME_RATE
+        await asyncio.sleep(0.7)
+        if session.stage.counters.stalls > stalled:
+            stalled = session.stage.counters.stalls
+            stalls.append(time.monotonic())
+        if stall_after is not None and held is None and time.monotonic() - begin > stall_after:
+            time.sleep(1.0)  # noqa: ASYNC251 - the stall is what is measured
+            held = time.monotonic()
+            stalled += 1
+        delay = await viewer.buffering()
+        if delay is not None:
+            buffers.append((time.monotonic() - 0.35, delay))
+        seen.update(_settled(viewer))
+        if len(viewer.pictures) > 2000:
+            gaps.extend(viewer.gaps()[:1500])
+            del viewer.pictures[:1500]
+    turn.cancel()
+    await turn.finished
+    await asyncio.sleep(0.5)
+    seen.update(_settled(viewer))
+    gaps.extend(viewer.gaps())
+    return _Measured(sorted(seen.items()), buffers, gaps[25:], held, stalls)
+
+
+def _settled(viewer: Viewer) -> dict[float, float]:
+    """Offsets of the beeps that are kept, by rounded time so that each counts once."""
+    return {round(when / PERIOD * 2) * PERIOD / 2: value for when, value in viewer.offsets()}
+
+
+class _Server:
+    """The server that was given, or one of our own for as long as it is needed."""
+
+    def __init__(self, settings: Settings, server: LiveKitServer | None, tell: Tell) -> None:
+        self._given = server
+        self._own = (
+            LiveKitServer(settings.cache_dir, progress=lambda what, _: tell(what))
+            if server is None
+            else None
+        )
+
+    async def __aenter__(self) -> LiveKitServer:
+        if self._own is not None:
+            await self._own.start()
+            return self._own
+        assert self._given is not None
+        return self._given
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._own is not None:
+            await self._own.stop()
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+async def engine(
+    settings: Settings, *, persona: str = "default", seconds: float = 10.0, tell: Tell = _quiet
+) -> Mapping[str, Any]:
+    """Milliseconds a picture, idle and talking, and how many sessions one core would carry."""
+    found: dict[str, Any] = machine() | {"persona": persona}
+    async with Studio(settings) as studio:
+        who = load_persona(persona, settings)
+        avatar = await studio.prepare(who)
+        renderer = await studio.renderer(who.engine)
+
+        def draw(the_engine: Any) -> dict[str, list[float]]:
+            session = the_engine.open(avatar)
+            batch = the_engine.info.batch
+            times: dict[str, list[float]] = {"idle": [], "talking": []}
+            frames = int(session.spec.fps * seconds / 2)
+            pcm = chatter(seconds / 2, 16_000).astype(np.float32) / 32768
+            begin = time.perf_counter()
+            jobs = {"talking": session.push(pcm) + session.flush(), "idle": session.idle(frames)}
+            times["hearing"] = [(time.perf_counter() - begin) / max(1, len(jobs["talking"]))]
+            for kind, many in jobs.items():
+                for i in range(0, len(many), batch):
+                    begin = time.perf_counter()
+                    the_engine.render(many[i : i + batch])
+                    each = (time.perf_counter() - begin) / len(many[i : i + batch])
+                    times[kind].append(each)
+            return times
+
+        tell("drawing")
+        times = await renderer.call(draw)
+        info = await renderer.start()
+        found |= {
+            "engine": info.name,
+            "device": info.device,
+            "batch": info.batch,
+            "size": f"{avatar.width}x{avatar.height}",
+        }
+        for kind in ("idle", "talking"):
+            found |= summary(f"{kind}_picture", times[kind])
+        found["hearing_per_frame"] = round(times["hearing"][0] * 1000, 3)
+        each = float(np.median(times["talking"])) + times["hearing"][0]
+        found["sessions_per_core"] = round(1 / (each * who.fps), 1)
+    return found

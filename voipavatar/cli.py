@@ -1,0 +1,526 @@
+"""The command line. Each command is thin: it reads its options and calls what does the work."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .config import Settings, VoiceChoice, list_personas, load_persona, persona_schema
+from .errors import ConfigError, VoipAvatarError
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .livekit_server import LiveKitServer
+    from .session import Studio
+
+T = TypeVar("T")
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C kept from its end: 128 + SIGINT, as shells have it."""
+
+# Results go to stdout, so that they can be piped; everything said along the way to stderr.
+# A pipe has no width: nothing is folded there that a line can hold.
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+_err = Console(stderr=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0, 1 after an error, 2 after wrong usage, 130 after Ctrl-C."""
+    try:
+        code = cli.main(args=argv, prog_name="voipavatar", standalone_mode=False)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "voipavatar"
+        _fail(f"{error.format_message()} Try '{path} --help'.", error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except VoipAvatarError as error:
+        _fail(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # `voipavatar personas | head`: the reader has had enough. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    # A persona may have several mistakes, each on its own line.
+    print("error: " + message.replace("\n", "\n       "), file=sys.stderr)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="voipavatar", message="%(prog)s %(version)s")
+@click.option("-v", "--verbose", count=True, help="Log more: -v what happens, -vv everything.")
+@click.pass_context
+def cli(context: click.Context, verbose: int) -> None:
+    """Give a voice agent a face: real-time talking avatars."""
+    context.obj = Settings.from_env()
+    _log_to_stderr({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
+
+
+# --- demo and serve -------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--port", type=click.IntRange(0, 65535), help="Port of the page; 0 is a free one.")
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.pass_obj
+def demo(settings: Settings, port: int | None, no_browser: bool) -> int:
+    """Talk to the avatar in your browser; everything runs on this machine.
+
+    Starts a LiveKit server (unless LIVEKIT_URL names one) and the page. Ctrl-C ends both.
+    """
+    from .livekit_server import free_port
+
+    chosen = port
+    if chosen is None:
+        chosen = free_port(settings.port)
+        if chosen != settings.port:
+            _err.print(f"port {settings.port} is taken: using {chosen}")
+    # What listens beyond loopback is `serve`'s business.
+    settings = dataclasses.replace(settings, host="127.0.0.1", port=chosen)
+
+    def ready(url: str) -> None:
+        if not no_browser:
+            _open_browser(url)
+
+    return _serve(settings, ready)
+
+
+@cli.command()
+@click.option("--host", help="Address to listen on (VOIPAVATAR_HOST; loopback by default).")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port (VOIPAVATAR_PORT; 8080).")
+@click.option("--public-url", default="", help="LiveKit's address as browsers see it.")
+@click.pass_obj
+def serve(settings: Settings, host: str | None, port: int | None, public_url: str) -> int:
+    """Serve the page and the HTTP interface (described at /docs).
+
+    Uses the LiveKit server of LIVEKIT_URL, or starts one. Listening anywhere but on loopback
+    wants VOIPAVATAR_TOKEN.
+    """
+    settings = dataclasses.replace(
+        settings,
+        host=settings.host if host is None else host,
+        port=settings.port if port is None else port,
+    )
+    logging.getLogger("voipavatar").setLevel(
+        min(_level(settings.log_level), logging.getLogger("voipavatar").level)
+    )
+    return _serve(settings, lambda url: None, public_url)
+
+
+def _serve(settings: Settings, ready: Callable[[str], None], public_url: str = "") -> int:
+    from .livekit_server import LiveKitServer
+
+    livekit = LiveKitServer.from_settings(
+        settings, host="127.0.0.1" if _is_loopback(settings.host) else _ipv4(settings.host)
+    )
+    _run(_serving(settings, livekit, ready, public_url), livekit.end_now)
+    return 0  # Ctrl-C is how it ends
+
+
+async def _serving(
+    settings: Settings,
+    livekit: LiveKitServer,
+    ready: Callable[[str], None],
+    public_url: str,
+) -> None:
+    from .server import serve as serve_http
+    from .server.run import check_exposure
+    from .session import Studio
+
+    check_exposure(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        with _steps() as tell:
+            tell("starting LiveKit")
+            livekit.progress = lambda message, elapsed: tell(f"{message} ({elapsed:.0f} s)")
+            await stack.enter_async_context(livekit)
+            await _page_files(settings, tell)
+            tell("preparing the avatar")
+            studio = await stack.enter_async_context(Studio(settings))
+            await _prepare(studio, settings, tell)
+
+        def on_ready(url: str) -> None:
+            _out.print(f"page:    {url}")
+            _out.print(f"LiveKit: {livekit.url} ({livekit.origin})")
+            _out.print("Ctrl-C ends it.")
+            ready(url)
+
+        await serve_http(
+            settings,
+            livekit_url=livekit.url,
+            api_key=livekit.api_key,
+            api_secret=livekit.api_secret,
+            on_ready=on_ready,
+            public_url=public_url,
+            studio=studio,
+            signals=False,
+        )
+
+
+async def _page_files(settings: Settings, tell: Callable[[str], None]) -> None:
+    """What the page needs and isn't shipped; without it the rest still works."""
+    from .server.vendor import ASSETS, ensure
+
+    tell("looking for the page's files")
+    for name in ASSETS:
+        try:
+            await asyncio.to_thread(ensure, name, settings.cache_dir)
+        except VoipAvatarError as error:
+            _err.print(f"[yellow]the page won't work:[/] {escape(str(error))}")
+
+
+async def _prepare(studio: Studio, settings: Settings, tell: Callable[[str], None]) -> None:
+    """The default persona, so that the first visitor doesn't wait for it."""
+
+    def progress(what: str, done: float) -> None:
+        tell(f"preparing the avatar: {what} {done:.0%}")
+
+    await studio.prepare(load_persona("default", settings), progress)
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _ipv4(host: str) -> str:
+    """Where our LiveKit server listens when the page is at `host`."""
+    return "0.0.0.0" if host in ("::", "") else host
+
+
+def _open_browser(url: str) -> None:
+    """Show the page if there is a screen. A text browser would take over this terminal."""
+    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not screen:
+        return
+    import webbrowser
+
+    # Starting one can take seconds, and may hang: the loop and our end don't wait for it.
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+# --- render ---------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--persona", default="default", show_default=True, help="Name, or a YAML file.")
+@click.option("--text", help="What to say; - reads it from standard input.")
+@click.option(
+    "--audio",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Speech in any format.",
+)
+@click.option("--voice", help="Another voice than the persona's: piper, espeak, edge, ...")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    required=True,
+    help="The MP4 to write; one that is there is replaced.",
+)
+@click.pass_obj
+def render(
+    settings: Settings,
+    persona: str,
+    text: str | None,
+    audio: Path | None,
+    voice: str | None,
+    out: Path,
+) -> int:
+    """Make a clip (MP4, H.264 and AAC) of an avatar that says a text or a recording."""
+    if (text is None) == (audio is None):
+        raise click.UsageError("Give one of --text and --audio.")
+    if voice is not None and text is None:
+        raise click.UsageError("--voice goes with --text.")
+    if text == "-":
+        text = sys.stdin.read(settings.max_text + 1)
+    who = load_persona(persona, settings)
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"the folder {out.absolute().parent} is not there: make it first")
+    voices = [VoiceChoice(use=voice)] if voice else None
+    length = _run(_render(who, out, text, audio, voices, settings))
+    if length is None:
+        return INTERRUPTED
+    _out.print(f"{out} ({length:.1f} s)", soft_wrap=True)
+    return 0
+
+
+async def _render(
+    persona: Any,
+    out: Path,
+    text: str | None,
+    audio: Path | None,
+    voices: Sequence[VoiceChoice] | None,
+    settings: Settings,
+) -> float:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .session import render as render_clip
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f} of {task.total:.1f} s"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_err, transient=True) as bar:
+        task = bar.add_task("rendering", total=1.0)
+
+        def progress(made: float, known: float) -> None:
+            bar.update(task, completed=made, total=max(known, made))
+
+        return await render_clip(
+            persona,
+            out,
+            text=text,
+            audio=audio,
+            voice=voices,
+            settings=settings,
+            progress=progress,
+        )
+
+
+# --- personas, doctor, bench ----------------------------------------------------------------------
+
+
+@cli.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_context
+def personas(context: click.Context, as_json: bool) -> None:
+    """List the personas. `personas schema` prints the JSON schema of their YAML."""
+    if context.invoked_subcommand is not None:
+        return
+    found = list_personas(context.obj)
+    if as_json:
+        # Without the options: they may hold keys.
+        _print_json(
+            [
+                {
+                    "name": one.name,
+                    "title": one.title,
+                    "description": one.description,
+                    "engine": one.engine,
+                    "voices": [voice.use for voice in one.voice],
+                    "width": one.width,
+                    "height": one.height,
+                    "fps": one.fps,
+                    "path": str(one.path) if one.path else None,
+                }
+                for one in found
+            ]
+        )
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "engine", "voices", "picture", "description"):
+        table.add_column(column)
+    for one in found:
+        size = f"{one.width}x{one.height}, {one.fps} fps"
+        about = ": ".join(filter(None, (one.title, one.description)))
+        table.add_row(
+            *map(escape, (one.name, one.engine, ", ".join(v.use for v in one.voice), size, about))
+        )
+    _out.print(table)
+
+
+@personas.command()
+def schema() -> None:
+    """Print the JSON schema of a persona's YAML, for editors."""
+    _print_json(persona_schema())
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def doctor(settings: Settings, as_json: bool) -> int:
+    """Look at everything that an avatar needs here, and name the mends. Fails if one is needed."""
+    from .doctor import examine, report
+
+    with _steps() as tell:
+        tell("looking")
+        checks = examine(settings)
+    told = report(checks)
+    if as_json:
+        _print_json(told)
+    else:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column()
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+        for check in checks:
+            mend = f"\n→ {escape(check.mend)}" if check.mend else ""
+            table.add_row(marks[check.state], escape(check.name), f"{escape(check.detail)}{mend}")
+        _out.print(table)
+    return 0 if told["ok"] else 1
+
+
+@cli.group()
+def bench() -> None:
+    """Measure this machine."""
+
+
+@bench.command("stage")
+@click.option("--persona", default="default", show_default=True)
+@click.option("--seconds", type=click.FloatRange(1, 3600), default=30.0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def bench_stage(settings: Settings, persona: str, seconds: float, as_json: bool) -> int:
+    """Stage times a frame, CPU a session, frames late."""
+    return _bench("stage", settings, as_json, persona=persona, seconds=seconds)
+
+
+@bench.command("sync")
+@click.option("--minutes", type=click.FloatRange(0.1, 600), default=2.0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
+    """Offset of sound and picture at a viewer in a real room, by flash and beep."""
+    return _bench("sync", settings, as_json, minutes=minutes)
+
+
+@bench.command("engine")
+@click.option("--persona", default="default", show_default=True)
+@click.option("--seconds", type=click.FloatRange(1, 3600), default=10.0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def bench_engine(settings: Settings, persona: str, seconds: float, as_json: bool) -> int:
+    """Pictures a second that a persona's engine makes here."""
+    return _bench("engine", settings, as_json, persona=persona, seconds=seconds)
+
+
+def _bench(name: str, settings: Settings, as_json: bool, **options: Any) -> int:
+    from . import bench as measures
+
+    measure: Callable[..., Coroutine[Any, Any, Mapping[str, Any]]] = getattr(measures, name)
+
+    async def measuring() -> Mapping[str, Any]:
+        with _steps() as tell:
+            return await measure(settings, tell=tell, **options)
+
+    found = _run(measuring())
+    if found is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(found)
+        return 0
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for key, value in found.items():
+        shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+        table.add_row(escape(key.replace("_", " ")), escape(shown))
+    _out.print(table)
+    return 0
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    _out.print(f"voipavatar {__version__}")
+
+
+# --- what the commands share ----------------------------------------------------------------------
+
+
+def _run(work: Coroutine[Any, Any, T], end_now: Callable[[], None] | None = None) -> T | None:
+    """Run to the end, or to the first signal: None then, and everything has been closed.
+
+    A second signal ends the process where it stands, after `end_now`.
+    """
+    return asyncio.run(_with_signals(work, end_now))
+
+
+async def _with_signals(
+    work: Coroutine[Any, Any, T], end_now: Callable[[], None] | None
+) -> T | None:
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work)
+    asked = False
+
+    def stop(number: signal.Signals) -> None:
+        nonlocal asked
+        if asked:
+            if end_now is not None:
+                end_now()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        _err.print("stopping; once more stops at once")
+        asked = True
+        task.cancel()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not asked:
+            raise
+        return None
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """Says what is being done: one line that changes on a terminal, new lines elsewhere."""
+    if _err.is_terminal:
+        with _err.status("") as status:
+            yield lambda message: status.update(escape(message))
+        return
+    said = ""
+
+    def tell(message: str) -> None:
+        # In a log a line a second helps nobody: only what is new up to its first detail.
+        nonlocal said
+        head = message.partition(" (")[0].partition(":")[0]
+        if head != said:
+            said = head
+            print(message, file=sys.stderr, flush=True)
+
+    yield tell
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _level(name: str) -> int:
+    level = logging.getLevelName(name.upper())
+    if not isinstance(level, int):
+        raise ConfigError(f"VOIPAVATAR_LOG_LEVEL={name!r}: debug, info, warning or error")
+    return level
+
+
+_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class _Formatter(logging.Formatter):
+    """Static message first, then what came as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = [f"{key}={value}" for key, value in vars(record).items() if key not in _STANDARD]
+        line, newline, traceback = super().format(record).partition("\n")
+        return " ".join([line, *extra]) + newline + traceback
+
+
+def _log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("voipavatar").setLevel(level)

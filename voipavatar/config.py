@@ -1,0 +1,325 @@
+"""What the user says: settings from the environment, personas from YAML.
+
+The environment is read once, here; everything else takes values. A mistake in a persona is one
+ConfigError that names file, line and key. Secrets are masked in `repr`, and `${NAME}` in a
+persona takes the value of an environment variable when the value is needed, not when it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import ConfigError
+from .media import check_fps
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says. Secrets don't appear in `repr`."""
+
+    livekit_url: str = ""
+    livekit_api_key: str = ""
+    livekit_api_secret: str = field(default="", repr=False)
+    cache_dir: Path = Path("~/.cache/voipavatar")
+    persona_dirs: tuple[Path, ...] = ()
+    """Looked in before the built-in personas; VOIPAVATAR_PERSONAS, separated like PATH."""
+    host: str = "127.0.0.1"
+    port: int = 8080
+    token: str = field(default="", repr=False)
+    """Bearer token of the HTTP interface; required to listen anywhere but on loopback."""
+    max_sessions: int = 8
+    idle_minutes: float = 10.0
+    """A session that nobody watches or feeds for so long is closed."""
+    max_text: int = 20_000
+    """Characters in one text."""
+    max_audio_bytes: int = 50_000_000
+    log_level: str = "info"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read `LIVEKIT_URL`, `LIVEKIT_API_KEY`, `LIVEKIT_API_SECRET` and `VOIPAVATAR_*`.
+
+        Raises ConfigError naming the variable that can't be read.
+        """
+        env = os.environ if env is None else env
+        values: dict[str, Any] = {}
+        for one in fields(cls):
+            name = _variable(one.name)
+            raw = env.get(name)
+            if raw is None or raw == "":
+                continue
+            try:
+                values[one.name] = _read(one.name, raw)
+            except ValueError as error:
+                raise ConfigError(f"{name}={raw!r} can't be used: {error}") from None
+        values["cache_dir"] = Path(values.get("cache_dir", cls.cache_dir)).expanduser()
+        return cls(**values)
+
+
+def _variable(name: str) -> str:
+    if name.startswith("livekit_"):
+        return name.upper()
+    return {
+        "cache_dir": "VOIPAVATAR_CACHE",
+        "persona_dirs": "VOIPAVATAR_PERSONAS",
+    }.get(name, f"VOIPAVATAR_{name.upper()}")
+
+
+def _read(name: str, raw: str) -> Any:
+    if name in ("port", "max_sessions", "max_text", "max_audio_bytes"):
+        number = int(raw)
+        if number < 0 or (name == "port" and number > 65535):
+            raise ValueError("out of range")
+        return number
+    if name == "idle_minutes":
+        return float(raw)
+    if name == "cache_dir":
+        return Path(raw).expanduser()
+    if name == "persona_dirs":
+        return tuple(Path(part).expanduser() for part in raw.split(os.pathsep) if part)
+    return raw
+
+
+_PLACE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def resolve(value: Any, env: Mapping[str, str] | None = None) -> Any:
+    """`value` with every `${NAME}` in it replaced from the environment; ConfigError if unset."""
+    env = os.environ if env is None else env
+    if isinstance(value, str):
+
+        def one(match: re.Match[str]) -> str:
+            name = match.group(1)
+            if name not in env:
+                raise ConfigError(f"the environment variable {name} is not set: a persona needs it")
+            return env[name]
+
+        return _PLACE.sub(one, value)
+    if isinstance(value, Mapping):
+        return {key: resolve(item, env) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [resolve(item, env) for item in value]
+    return value
+
+
+# --- personas -------------------------------------------------------------------------------------
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VoiceChoice(_Strict):
+    """A voice by name or import path, with its own options."""
+
+    use: str = Field(
+        description="piper, espeak, edge, pyttsx3, or the import path of a LiveKit TTS",
+        min_length=1,
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of that voice; ${NAME} is taken from the environment",
+    )
+
+
+def _voices(value: Any) -> Any:
+    """`piper`, `{use: piper}` and lists of either are all a list of choices."""
+    items = value if isinstance(value, list) else [value]
+    return [{"use": item} if isinstance(item, str) else item for item in items]
+
+
+Voices = Annotated[tuple[VoiceChoice, ...], BeforeValidator(_voices), Field(min_length=1)]
+
+
+class Persona(_Strict):
+    """Who the avatar is."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="how it is asked for")
+    title: str = Field(default="", max_length=80, description="how people call it")
+    description: str = Field(default="", max_length=500)
+    engine: str = Field(default="viseme", description="viseme, musetalk, clapper, ...")
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict, description="what this engine is told beyond the common"
+    )
+    portrait: Path | None = Field(
+        default=None, description="picture or clip of the face, relative to this file"
+    )
+    landmarks: dict[str, Any] | Path | None = Field(
+        default=None, description="where lips, eyes and jaw are in the portrait, or a YAML with it"
+    )
+    voice: Voices = Field(
+        default=(VoiceChoice(use="piper"), VoiceChoice(use="espeak")),
+        description="one voice, or several: the next is taken when one fails",
+    )
+    width: int = Field(default=1280, ge=64, le=3840, multiple_of=2)
+    height: int = Field(default=720, ge=64, le=2160, multiple_of=2)
+    fps: int = Field(default=25, description="pictures a second; must divide 48,000")
+    greeting: str = Field(default="", max_length=1000, description="said when a page opens")
+    path: Path | None = Field(default=None, exclude=True, description="set by the loader")
+
+    @field_validator("fps")
+    @classmethod
+    def _fps(cls, value: int) -> int:
+        try:
+            return check_fps(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    def beside(self, path: Path) -> Path:
+        """`path` as seen from the persona's file."""
+        if path.is_absolute() or self.path is None:
+            return path
+        return self.path.parent / path
+
+    def engine_settings(self) -> dict[str, Any]:
+        """What `Engine.prepare` is given: size, rate, landmarks, and the engine's own options."""
+        options: dict[str, Any] = {"width": self.width, "height": self.height, "fps": self.fps}
+        if self.landmarks is not None:
+            options["landmarks"] = self._landmarks()
+        return options | self.engine_options
+
+    def _landmarks(self) -> dict[str, Any]:
+        if not isinstance(self.landmarks, Path):
+            return self.landmarks or {}
+        file = self.beside(self.landmarks)
+        data, _ = _parse(file)
+        found = data.get("landmarks", data)
+        if not isinstance(found, dict):
+            raise ConfigError(f"{file}: landmarks must be a mapping")
+        return found
+
+
+def persona_schema() -> dict[str, Any]:
+    """JSON schema of a persona's YAML, for editors."""
+    schema = Persona.model_json_schema()
+    schema["properties"].pop("path", None)
+    choice = {"$ref": "#/$defs/VoiceChoice"}
+    one = {"anyOf": [{"type": "string"}, choice]}
+    voice = schema["properties"]["voice"]
+    schema["properties"]["voice"] = {
+        "description": voice.get("description", ""),
+        "anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}],
+    }
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "voipavatar persona"
+    return schema
+
+
+def load_persona(which: str | Path, settings: Settings | None = None) -> Persona:
+    """A persona by name, or from a file.
+
+    Raises ConfigError with file, line and key of what is wrong, or with the names there are.
+    """
+    text = str(which)
+    if text.endswith((".yaml", ".yml")) or "/" in text or os.sep in text:
+        return _load(Path(which).expanduser())
+    names: list[str] = []
+    for file in _persona_files(settings):
+        if file.stem == text:
+            return _load(file)
+        names.append(file.stem)
+    raise ConfigError(
+        f"there is no persona {text!r}; there are: {', '.join(sorted(set(names))) or 'none'}. "
+        "`voipavatar personas` lists them"
+    )
+
+
+def list_personas(settings: Settings | None = None) -> list[Persona]:
+    """Every persona that can be found, the user's own before the built-in ones."""
+    found: dict[str, Persona] = {}
+    for file in _persona_files(settings):
+        if file.stem not in found:
+            found[file.stem] = _load(file)
+    return sorted(found.values(), key=lambda one: (one.name != "default", one.name))
+
+
+def _persona_files(settings: Settings | None) -> Iterator[Path]:
+    own = settings.persona_dirs if settings is not None else ()
+    built_in = (
+        PACKAGE / "personas" if (PACKAGE / "personas").is_dir() else PACKAGE.parent / "personas"
+    )
+    for folder in (*own, built_in):
+        if folder.is_dir():
+            yield from sorted(folder.glob("*.yaml"))
+
+
+def _load(file: Path) -> Persona:
+    data, lines = _parse(file)
+    data.setdefault("name", file.stem)
+    try:
+        persona = Persona.model_validate({**data, "path": file.resolve()})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_told(file, lines, one) for one in error.errors())) from None
+    for key in ("portrait", "landmarks"):
+        path = getattr(persona, key)
+        if isinstance(path, Path) and not persona.beside(path).is_file():
+            raise ConfigError(
+                f"{file}:{lines.get((key,), 1)}: {key}: {path} is not there; the path is taken "
+                "from the persona's file"
+            )
+    return persona
+
+
+def _told(file: Path, lines: Mapping[tuple[str | int, ...], int], error: Any) -> str:
+    key = tuple(
+        part for part in error["loc"] if part not in ("str", "Path", "path", "dict[str,any]")
+    )
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), 1)
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(name for name in Persona.model_fields if name != "path")
+        what = f"unknown key; known are {known}" if len(key) == 1 else "unknown key"
+    else:
+        what = str(error["msg"]).removeprefix("Value error, ")
+    return f"{file}:{line}: {'.'.join(str(part) for part in key)}: {what}"
+
+
+def _parse(file: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:
+    """The mapping in a YAML file, and the line of each key path."""
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: can't be read: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise ConfigError(f"{file}:{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}:1: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}:1: a mapping of keys to values is wanted here")
+    lines: dict[tuple[str | int, ...], int] = {}
+    _mark(node, (), lines, file)
+    return data, lines
+
+
+def _mark(
+    node: Any, key: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int], file: Path
+) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = (*key, str(name.value))
+            if inner in lines:
+                where = f"{file}:{name.start_mark.line + 1}"
+                raise ConfigError(f"{where}: {'.'.join(map(str, inner))}: the key is there twice")
+            lines[inner] = name.start_mark.line + 1
+            _mark(value, inner, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            item = (*key, index)
+            lines[item] = value.start_mark.line + 1
+            _mark(value, item, lines, file)

@@ -1,0 +1,518 @@
+"""From speech to mouth parameters: what every drawn mouth is driven by.
+
+16 kHz sound goes in, one row of eight numbers a video frame comes out. On the way:
+
+1. 40 log-mel bands every 10 ms, relative to a decaying peak and to the voice's own mean spectrum,
+   both followed causally, so that neither loudness nor the channel matters;
+2. a small network (weights in `articulation.npz`, trained by `tools/train_articulation.py`) that
+   says which of fifteen mouth classes is being spoken, 47 ms of sound ahead of the moment;
+3. dominance blending (Cohen and Massaro, "Modeling coarticulation in synthetic visual speech",
+   1993): every class asks for some parameters firmly and for others hardly at all, and what is
+   hardly asked for stays where it was;
+4. a loudness gate, a rule for silence and a critically damped filter for each parameter;
+5. one row a frame: means, but for lips and teeth that close, whose maximum counts, so that a
+   closure of 50 ms is never lost between two pictures.
+
+Everything runs in steps of 10 ms on one row at a time: the numbers are the same, to the last bit,
+however the sound was cut. numpy only. `docs/articulation.md` holds what was measured, and how.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError, EngineError, InputError
+from ..media import ENGINE_RATE, Cue, Float32, check_fps, frames_for, slice_start
+
+Float64 = npt.NDArray[np.float64]
+
+PARAMETERS = ("jaw", "width", "round", "press", "tuck", "teeth", "tongue", "level")
+"""The columns of a row, each 0 to 1: jaw opening, corners apart, lips rounded, lips pressed together,
+lower lip under the upper teeth, teeth shown, tongue raised, loudness of the speech."""
+
+CLASSES = ("sil", "PP", "FF", "TH", "DD", "kk", "CH", "SS", "RR", "aa", "E", "I", "O", "U", "ax")
+"""Mouth classes: the usual visemes without `nn`, which looks like `DD`, and with a neutral vowel."""
+
+WEIGHTS = Path(__file__).with_name("articulation.npz")
+"""The weights that come with the package."""
+
+HOP = 160
+"""Samples of a step: 10 ms."""
+
+BANDS = 40
+
+OFFSETS = (-9, -6, -4, -2, -1, 0, 1, 2, 3)
+"""Steps whose features the network sees, relative to the one it judges."""
+
+_WINDOW = 400
+_FFT = 512
+_BEFORE = _WINDOW // 2 - HOP // 2  # a step's window is centred on the step
+_AFTER = _BEFORE + HOP  # samples needed from the step's start
+_LEAD = 3  # steps that targets are ahead of the sound: the filters below take about as long
+_AHEAD = max(OFFSETS) + _LEAD
+_PAST = -min(OFFSETS)
+
+LOOKAHEAD = 1280
+"""Samples after a frame's end that its row waits for: 80 ms."""
+
+assert _AHEAD * HOP + _AFTER <= LOOKAHEAD + 1
+
+# --- which sound is which class -------------------------------------------------------------------
+
+_SYMBOLS = {
+    "sil": "_ | ‖",
+    "PP": "p b m ɓ ʙ ʘ β ɸ",
+    "FF": "f v ɱ ʋ ⱱ",
+    "TH": "θ ð T D",
+    "DD": "t d n l r ɾ ɖ ʈ ɳ ɭ ɫ ɬ ɮ ɲ ʎ ɗ ɺ ɽ L",
+    "kk": "k g ɡ ŋ x ɣ q χ ɢ ɴ ħ ʕ ʀ ʁ c ɟ ɠ ʄ ʛ ɰ N X Q",
+    "CH": "ʃ ʒ ʂ ʐ ɕ ʑ ɧ tʃ dʒ ʧ ʤ tʂ dʐ tɕ dʑ S Z tS dZ",
+    "SS": "s z ts dz ʦ ʣ ç ʝ C",
+    "RR": "ɹ ɻ ɚ ɝ",
+    "aa": "a ɑ æ ʌ ɶ A V &",
+    "E": "e ɛ ε E",
+    "I": "i ɪ j ɨ ɯ ʲ I",
+    "O": "o ɔ ɒ ø œ O 0 W Y",
+    "U": "u ʊ w ʉ y ʏ ɥ ʍ U",
+    "ax": "ə ɐ ɜ ɘ ɞ ɵ ɤ ᵻ @ 3",
+}
+
+PHONEMES: dict[str, str] = {
+    symbol: name for name, symbols in _SYMBOLS.items() for symbol in symbols.split(" ")
+}
+"""Phoneme to class: IPA letters, and espeak's own mnemonics where they differ from IPA."""
+
+TRANSPARENT = frozenset("hɦʔ?")
+"""Sounds that have no mouth of their own: the lips are already at the next one's."""
+
+_DIPHTHONG = 0.6  # share of the first vowel of two
+
+
+def shape(phoneme: str) -> tuple[tuple[str, float], ...]:
+    """A phoneme's classes with the share of its time that each takes; the shares add up to 1.
+
+    Stress, length, tone and other marks are passed over. Diphthongs and affricates give two
+    classes. Empty for `TRANSPARENT` sounds and for marks alone, ("sil", 1.0) for a pause.
+    """
+    found: list[str] = []
+    text = phoneme.strip()
+    if text in ("", "sil", "pau", "SIL"):
+        return (("sil", 1.0),)
+    i = 0
+    while i < len(text):
+        pair = PHONEMES.get(text[i : i + 2])
+        name = pair or PHONEMES.get(text[i])
+        if name is not None and (not found or found[-1] != name):
+            found.append(name)
+        i += 2 if pair else 1
+    if len(found) > 1 and found[-1] == "I" and text.endswith("ʲ"):
+        found.pop()  # a palatalised consonant, not a glide
+    if not found:
+        return ()
+    if len(found) == 1:
+        return ((found[0], 1.0),)
+    rest = (1.0 - _DIPHTHONG) / (len(found) - 1)
+    return ((found[0], _DIPHTHONG), *((name, rest) for name in found[1:]))
+
+
+# --- what a class wants of the mouth --------------------------------------------------------------
+
+_VOWELS = frozenset(("aa", "E", "I", "O", "U", "ax"))
+
+# target, and how firmly it is asked for where that isn't the default of `_tables`
+_WANTS: dict[str, dict[str, tuple[float, float]]] = {
+    "sil": {"jaw": (0.0, 0.5), "width": (0.0, 0.3), "round": (0.0, 0.3)},
+    "PP": {"jaw": (0.0, 1.0), "press": (1.0, 1.0), "width": (0.0, 0.15)},
+    "FF": {"jaw": (0.08, 0.8), "tuck": (1.0, 1.0), "width": (0.15, 0.2), "teeth": (0.4, 0.5)},
+    "TH": {"jaw": (0.18, 0.5), "tongue": (1.0, 0.8), "teeth": (0.5, 0.5)},
+    "DD": {"jaw": (0.2, 0.2), "tongue": (0.6, 0.5), "teeth": (0.6, 0.5)},
+    "kk": {"jaw": (0.22, 0.12)},
+    "CH": {"jaw": (0.18, 0.6), "round": (0.6, 0.8), "teeth": (0.8, 0.8)},
+    "SS": {"jaw": (0.08, 0.6), "width": (0.35, 0.3), "teeth": (1.0, 0.9)},
+    "RR": {"jaw": (0.22, 0.3), "round": (0.5, 0.5), "tongue": (0.3, 0.4)},
+    "aa": {"jaw": (1.0, 0.9), "width": (0.15, 0.4)},
+    "E": {"jaw": (0.55, 0.6), "width": (0.5, 0.5), "teeth": (0.3, 0.3)},
+    "I": {"jaw": (0.25, 0.5), "width": (0.8, 0.8), "teeth": (0.5, 0.4)},
+    "O": {"jaw": (0.6, 0.6), "round": (0.7, 0.9)},
+    "U": {"jaw": (0.25, 0.5), "round": (1.0, 1.0)},
+    "ax": {"jaw": (0.38, 0.3), "width": (0.15, 0.2)},
+}
+
+
+def _tables() -> tuple[Float64, Float64]:
+    """Targets V and dominances A, (classes, 7)."""
+    names = PARAMETERS[:7]
+    targets = np.zeros((len(CLASSES), len(names)))
+    firmness = np.zeros_like(targets)
+    for i, name in enumerate(CLASSES):
+        for j, parameter in enumerate(names):
+            # A consonant leaves the vowels' lip shape alone; closures and tongue end with the sound.
+            loose = parameter in ("width", "round") and name not in _VOWELS
+            targets[i, j], firmness[i, j] = _WANTS[name].get(
+                parameter, (0.0, 0.1 if loose else 0.5)
+            )
+    return targets, firmness
+
+
+_TARGETS, _FIRMNESS = _tables()
+_ASKED = np.ascontiguousarray((_TARGETS * _FIRMNESS).T)  # (7, classes)
+_WEIGHT = np.ascontiguousarray(_FIRMNESS.T)
+
+JAW: dict[str, float] = {name: float(_TARGETS[i, 0]) for i, name in enumerate(CLASSES)}
+"""Jaw opening that each class asks for: the reference that a drawn mouth's opening is held against."""
+
+_SIL = CLASSES.index("sil")
+_HOLD = 0.35  # how much the last target counts against a new one
+_RISE = 2 * math.pi * np.array([8.0, 9.0, 9.0, 14.0, 14.0, 10.0, 10.0])  # rad/s, by parameter
+_FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 12.0, 12.0, 10.0, 10.0])
+_STEP = HOP / ENGINE_RATE
+_QUIET = 12  # steps of silence after which the mouth goes to rest
+_SNAP = 2e-3  # below this a resting parameter is 0
+_CUE_WEIGHT = 0.8
+_CUE_FADE = 0.04  # s
+
+# --- features -------------------------------------------------------------------------------------
+
+_FLOOR = 1e-4  # of the peak: what lies 40 dB below it doesn't count
+_PEAK_START = 0.1  # mean mel power of soft speech (RMS about 0.01)
+_PEAK_LEAST = 2e-3
+_VOICED = 0.018  # of the peak: -17 dB
+_DECAY_VOICED = math.exp(-0.008)
+_DECAY_QUIET = math.exp(-0.001)
+_MEAN_PRIOR = 60.0  # steps that the training's mean spectrum counts for
+_MEAN_SPAN = 250.0  # steps that the voice's own mean is taken over
+
+
+def _mel_filters() -> Float32:
+    """Triangles from 60 to 7600 Hz on the mel scale of O'Shaughnessy, (BANDS, FFT / 2 + 1)."""
+    low, high = (2595.0 * math.log10(1.0 + f / 700.0) for f in (60.0, 7600.0))
+    edges = 700.0 * (10.0 ** (np.linspace(low, high, BANDS + 2) / 2595.0) - 1.0)
+    bins = np.arange(_FFT // 2 + 1) * (ENGINE_RATE / _FFT)
+    up = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    down = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    filters = np.maximum(0.0, np.minimum(up, down))
+    return np.ascontiguousarray(filters, np.float32)
+
+
+_MEL = _mel_filters()
+_HANN = np.hanning(_WINDOW + 1)[:_WINDOW].astype(np.float32)
+
+
+def mel_power(windows: Float32) -> Float32:
+    """Mel band powers, (n, BANDS), of windows of 400 samples, (n, 400)."""
+    spectrum = np.fft.rfft(windows * _HANN, _FFT)
+    power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
+    return np.asarray(power @ _MEL.T, np.float32)
+
+
+class Normaliser:
+    """Mel powers of one turn, step after step, to features that don't depend on gain or channel."""
+
+    def __init__(self, mean: Float32, scale: Float32) -> None:
+        """`mean` and `scale`: the training's voiced log spectrum below its peak, (BANDS,) each."""
+        self._mean = mean
+        self._inverse = (1.0 / scale).astype(np.float32)
+        self._peak = _PEAK_START
+        self._offset = np.zeros(BANDS, np.float32)
+        self._voiced = 0.0
+        self.loudness = math.log(_FLOOR)
+        """Log power of the last step below the peak."""
+
+    def step(self, power: Float32, out: Float32) -> None:
+        """One step's mel powers, (BANDS,), to its features, (BANDS + 1,), written to `out`."""
+        total = float(power.sum()) / BANDS
+        decay = _DECAY_VOICED if total > _VOICED * self._peak else _DECAY_QUIET
+        self._peak = max(total, self._peak * decay, _PEAK_LEAST)
+        relative = np.log(power * np.float32(1.0 / self._peak) + np.float32(_FLOOR)) - self._mean
+        if total > _VOICED * self._peak:
+            self._voiced = min(self._voiced + 1.0, _MEAN_SPAN)
+            rate = np.float32(1.0 / (self._voiced + _MEAN_PRIOR))
+            self._offset += rate * (relative - self._offset)
+        self.loudness = math.log(total / self._peak + _FLOOR)
+        np.multiply(relative - self._offset, self._inverse, out=out[:BANDS])
+        out[BANDS] = (self.loudness + 3.0) / 3.0
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What `tools/train_articulation.py` learns."""
+
+    mean: Float32
+    """Mean log spectrum of voiced steps below the peak, (BANDS,)."""
+    scale: Float32
+    """Its standard deviation, (BANDS,)."""
+    layers: tuple[tuple[Float32, Float32], ...]
+    """Matrix (outputs, inputs) and bias (outputs,) of each layer."""
+
+
+@functools.lru_cache(maxsize=4)
+def load_weights(path: Path | None = None) -> Weights:
+    """Weights from an `.npz`, the package's own by default. EngineError if they can't be used."""
+    path = path or WEIGHTS
+    again = "install voipavatar again, or make it with tools/train_articulation.py"
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: np.ascontiguousarray(data[name], np.float32) for name in data.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise EngineError(f"{path.name} can't be read ({error}): {again}") from error
+    inputs = (BANDS + 1) * len(OFFSETS)
+    layers = []
+    try:
+        mean, scale = arrays["mean"], arrays["scale"]
+        for i in range(3):
+            matrix, bias = arrays[f"w{i}"], arrays[f"b{i}"]
+            if matrix.shape != (len(bias), inputs):
+                raise EngineError(f"{path.name} was made for another version: {again}")
+            layers.append((matrix, bias))
+            inputs = len(bias)
+    except KeyError as error:
+        raise EngineError(f"{path.name} lacks {error}: {again}") from error
+    if inputs != len(CLASSES) or mean.shape != (BANDS,) or scale.shape != (BANDS,):
+        raise EngineError(f"{path.name} was made for another version: {again}")
+    return Weights(mean, scale, tuple(layers))
+
+
+class _Listener:
+    """Sound to class posteriors, one step at a time."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        # The same few buffers for every step: the products see the same shapes and alignments, so
+        # their results don't depend on how the sound came.
+        self._window = np.zeros((1, _WINDOW), np.float32)
+        self._stack = np.zeros(len(OFFSETS) * (BANDS + 1), np.float32)
+        self._hidden = [np.zeros(len(bias), np.float32) for _, bias in weights.layers]
+        self.reset()
+
+    def reset(self) -> None:
+        self._normaliser = Normaliser(self._weights.mean, self._weights.scale)
+        self._power = mel_power(np.zeros((1, _WINDOW), np.float32))[0]
+        quiet = np.zeros(BANDS + 1, np.float32)
+        Normaliser(self._weights.mean, self._weights.scale).step(self._power, quiet)
+        self._quiet = quiet
+        self._features: deque[Float32] = deque(maxlen=_PAST + max(OFFSETS) + 1)
+        self._features.extend([quiet] * (_PAST))
+        self._loudness: deque[float] = deque(maxlen=max(OFFSETS) + 1)
+
+    def step(self, window: Float32) -> tuple[Float32, float] | None:
+        """A step's 400 samples in; posteriors and loudness of the step `max(OFFSETS)` before it."""
+        self._window[0] = window
+        features = np.empty(BANDS + 1, np.float32)
+        self._normaliser.step(mel_power(self._window)[0], features)
+        self._features.append(features)
+        self._loudness.append(self._normaliser.loudness)
+        if len(self._features) < self._features.maxlen:  # type: ignore[operator]
+            return None
+        size = BANDS + 1
+        for i, offset in enumerate(OFFSETS):
+            self._stack[i * size : (i + 1) * size] = self._features[_PAST + offset]
+        value = self._stack
+        for (matrix, bias), out in zip(self._weights.layers, self._hidden, strict=True):
+            np.dot(matrix, value, out=out)
+            out += bias
+            if out is not self._hidden[-1]:
+                np.maximum(out, 0.0, out=out)
+            value = out
+        result = np.exp(value - value.max())
+        result /= result.sum()
+        return result, self._loudness[0]
+
+
+def posteriors(pcm: Float32, weights: Path | None = None) -> Float32:
+    """Class posteriors of a whole sound at 16 kHz: (ceil(samples / HOP), len(CLASSES)).
+
+    Row i belongs to samples [HOP * i, HOP * (i + 1)).
+    """
+    listener = _Listener(load_weights(weights))
+    steps = -(-len(pcm) // HOP)
+    last = max(OFFSETS)
+    padded = np.zeros((steps + last) * HOP + _WINDOW, np.float32)
+    padded[_BEFORE : _BEFORE + len(pcm)] = pcm
+    rows = [listener.step(padded[i * HOP : i * HOP + _WINDOW]) for i in range(steps + last)]
+    found = [row[0] for row in rows if row is not None]
+    return np.stack(found) if found else np.zeros((0, len(CLASSES)), np.float32)
+
+
+# --- the mouth ------------------------------------------------------------------------------------
+
+
+def _smooth(value: float, low: float, high: float) -> float:
+    x = min(1.0, max(0.0, (value - low) / (high - low)))
+    return x * x * (3.0 - 2.0 * x)
+
+
+class _Mouth:
+    """Posteriors to parameters, one step at a time."""
+
+    def __init__(self) -> None:
+        self._aim = np.zeros(7)
+        self._place = np.zeros(7)
+        self._speed = np.zeros(7)
+        self._silent = _QUIET
+        self._gate = 0.0
+
+    def step(self, probability: Float64, loudness: float) -> Float64:
+        """Where the seven parameters are after this step, given what they should move to."""
+        silent = probability[_SIL] > 0.5 or loudness < -7.5
+        self._silent = self._silent + 1 if silent else 0
+        gate = _smooth(loudness, -5.0, -0.6)
+        self._gate += (0.6 if gate > self._gate else 0.25) * (gate - self._gate)
+        weight = _WEIGHT @ probability
+        asked = (_ASKED @ probability) / (weight + 1e-6)
+        self._aim += (weight / (weight + _HOLD)) * (asked - self._aim)
+        if self._silent > _QUIET:
+            self._aim[:] = 0.0
+        target = self._aim.copy()
+        target[0] *= 0.35 + 0.65 * self._gate
+        # Closures are all or nothing: what is likelier than not is done in full.
+        target[3] = _smooth(target[3], 0.2, 0.65)
+        target[4] = _smooth(target[4], 0.2, 0.65)
+        away = self._place - target
+        omega = np.where(away < 0, _RISE, _FALL)
+        fade = np.exp(-omega * _STEP)
+        pull = (self._speed + omega * away) * _STEP
+        self._place = target + (away + pull) * fade
+        self._speed = (self._speed - omega * pull) * fade
+        if self._silent > _QUIET:
+            still = (np.abs(self._place) < _SNAP) & (np.abs(self._speed) < _SNAP / _STEP)
+            self._place[still] = 0.0
+            self._speed[still] = 0.0
+        return self._place
+
+
+def _row(steps: Sequence[Float64], levels: Sequence[float]) -> Float32:
+    """The row of a frame from the steps that begin in it."""
+    places = np.clip(np.stack(steps), 0.0, 1.0)
+    row = np.empty(len(PARAMETERS), np.float32)
+    row[:7] = places.mean(axis=0)
+    row[3:5] = places[:, 3:5].max(axis=0)
+    press, tuck = float(row[3]), float(row[4])
+    row[0] *= (1.0 - _smooth(press, 0.3, 0.8)) * (1.0 - 0.7 * tuck)
+    row[1:3] *= 1.0 - 0.5 * press
+    row[5:7] *= 1.0 - press
+    row[7] = sum(levels) / len(levels)
+    return row
+
+
+class Articulator:
+    """Speech in as it comes, one row of `PARAMETERS` a video frame out. One for each session.
+
+    Row k of a turn belongs to samples [slice_start(k), slice_start(k + 1)) at 16 kHz and is out no
+    later than the push that delivers sample slice_start(k + 1) + `lookahead`. A turn of S samples
+    gives frames_for(S) rows, exactly the same ones however it was cut into pushes.
+    """
+
+    def __init__(self, fps: int = 25, weights: Path | None = None) -> None:
+        """ConfigError for a frame rate outside 20 to 60, EngineError for weights that can't be read."""
+        if not 20 <= check_fps(fps) <= 60:
+            raise ConfigError(
+                f"fps {fps} can't be used: take one of 20, 24, 25, 30, 40, 48, 50, 60"
+            )
+        self.fps = fps
+        self.lookahead = LOOKAHEAD
+        self._listener = _Listener(load_weights(weights))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the turn, its cues included; the next push opens a new one."""
+        self._listener.reset()
+        self._mouth = _Mouth()
+        self._pending = np.zeros(_BEFORE, np.float32)  # sound that a later window needs
+        self._samples = 0
+        self._heard = 0  # steps listened to
+        self._moved = 0  # steps that the mouth has made
+        self._rows = 0
+        self._ahead: deque[tuple[Float32, float]] = deque()  # posteriors not yet used up
+        self._levels: deque[float] = deque([0.0] * _LEAD)
+        self._frame: list[tuple[Float64, float]] = []
+        self._cues: list[tuple[float, float, int]] = []  # start, end, class; by start
+
+    def cue(self, cues: Sequence[Cue]) -> None:
+        """Phonemes of this turn, known from its voice; they outweigh what is heard, but for loudness.
+
+        Before or after their sound, as long as it is before the row is made. Words and gestures
+        are passed over.
+        """
+        for cue in cues:
+            if cue.kind != "phoneme" or not cue.end > cue.start:
+                continue
+            start = cue.start
+            for name, share in shape(cue.text):
+                end = start + share * (cue.end - cue.start)
+                bisect.insort(self._cues, (start, end, CLASSES.index(name)))
+                start = end
+
+    def push(self, pcm: Float32) -> Float32:
+        """Sound in, float32 mono 16 kHz, any length; rows out that can now be known, (n, 8)."""
+        pcm = np.asarray(pcm, np.float32)
+        if pcm.ndim != 1 or not np.isfinite(pcm).all():
+            raise InputError("sound must be one row of finite float32 samples at 16 kHz, mono")
+        self._samples += len(pcm)
+        return self._advance(pcm, last=False)
+
+    def flush(self) -> Float32:
+        """The turn is over: its remaining rows, (m, 8). The next push opens a new turn."""
+        rows = frames_for(self._samples, ENGINE_RATE, self.fps)
+        missing = slice_start(rows, ENGINE_RATE, self.fps) + LOOKAHEAD + HOP - self._samples
+        rest = self._advance(np.zeros(missing, np.float32), last=True)
+        self.reset()
+        return rest
+
+    def _advance(self, pcm: Float32, last: bool) -> Float32:
+        buffer = np.concatenate((self._pending, pcm))
+        rows: list[Float32] = []
+        at = 0
+        limit = frames_for(self._samples, ENGINE_RATE, self.fps) if last else None
+        while len(buffer) - at >= _WINDOW and self._rows != limit:
+            heard = self._listener.step(buffer[at : at + _WINDOW])
+            at += HOP
+            if heard is not None:
+                self._move(heard, rows)
+        self._pending = buffer[at:].copy()
+        return np.stack(rows) if rows else np.zeros((0, len(PARAMETERS)), np.float32)
+
+    def _move(self, heard: tuple[Float32, float], rows: list[Float32]) -> None:
+        """The posteriors of step `_heard`, which the mouth of step `_heard - _LEAD` moves to."""
+        probability, loudness = heard
+        mixed = self._with_cues(probability, (self._heard + 0.5) * _STEP)
+        self._heard += 1
+        self._levels.append(_smooth(loudness, -5.0, -0.3) * float(1.0 - mixed[_SIL]))
+        place = self._mouth.step(mixed, loudness)
+        if self._heard <= _LEAD:
+            return
+        self._frame.append((place.copy(), self._levels[-1 - _LEAD]))
+        self._levels.popleft()
+        self._moved += 1
+        if self._moved * HOP >= slice_start(self._rows + 1, ENGINE_RATE, self.fps):
+            rows.append(_row([p for p, _ in self._frame], [level for _, level in self._frame]))
+            self._frame.clear()
+            self._rows += 1
+
+    def _with_cues(self, probability: Float32, time: float) -> Float64:
+        mixed = probability.astype(np.float64)
+        half = _CUE_FADE / 2
+        while self._cues and self._cues[0][1] + half < time:
+            self._cues.pop(0)
+        told = np.zeros(len(CLASSES))
+        for start, end, index in self._cues:
+            if start - half > time:
+                break
+            inside = min(time - start, end - time) / _CUE_FADE + 0.5
+            told[index] += min(1.0, max(0.0, inside))
+        total = float(told.sum())
+        if total > 0.0:
+            share = _CUE_WEIGHT * min(1.0, total)
+            mixed = (1.0 - share) * mixed + (share / total) * told
+        return mixed

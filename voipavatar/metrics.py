@@ -1,0 +1,94 @@
+"""The numbers that `GET /metrics` shows: what the sessions of this process did and how fast.
+
+Plain Prometheus instruments in the default registry, made once per process. Whoever does the work
+counts it, in one line: `FRAMES.labels("idle").inc()`. Labels are few and their values are fixed,
+so the number of series doesn't grow with use.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+
+__all__ = [
+    "CONTENT_TYPE",
+    "FIRST_PICTURE",
+    "FIRST_SOUND",
+    "FRAMES",
+    "HEARD",
+    "INTERRUPTIONS",
+    "LATE_FRAMES",
+    "RENDER",
+    "REQUESTS",
+    "SESSIONS",
+    "SESSIONS_CLOSED",
+    "SESSIONS_OPENED",
+    "SESSIONS_REFUSED",
+    "SHUT",
+    "TICK",
+    "TURNS",
+    "WATCHERS",
+    "exposition",
+]
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+"""Media type of `exposition`."""
+
+SESSIONS = Gauge("voipavatar_sessions", "Sessions that are open now.")
+SESSIONS_OPENED = Counter("voipavatar_sessions_opened", "Sessions opened since the start.")
+SESSIONS_CLOSED = Counter(
+    "voipavatar_sessions_closed",
+    "Sessions closed since the start, by reason: asked, idle, failed or shutdown.",
+    ["reason"],
+)
+SESSIONS_REFUSED = Counter(
+    "voipavatar_sessions_refused", "Sessions refused because there was no room for another."
+)
+WATCHERS = Gauge("voipavatar_watchers", "Event streams and live-audio sockets open now.")
+
+FRAMES = Counter(
+    "voipavatar_frames", "Frames given to the sinks, by kind: idle or talking.", ["kind"]
+)
+LATE_FRAMES = Counter(
+    "voipavatar_late_frames", "Frames whose picture was not ready, so that the last one was held."
+)
+TICK = Histogram(
+    "voipavatar_tick_seconds",
+    "What one tick of a stage took, from waking to the last sink.",
+    buckets=(0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.04, 0.08, 0.16),
+)
+RENDER = Histogram(
+    "voipavatar_render_seconds",
+    "What one batch took on the engine's thread.",
+    ["engine"],
+    buckets=(0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512),
+)
+
+TURNS = Counter(
+    "voipavatar_turns", "Turns that are over, by outcome: said, interrupted or failed.", ["outcome"]
+)
+HEARD = Counter("voipavatar_heard_seconds", "Seconds of speech that were really played.")
+INTERRUPTIONS = Counter("voipavatar_interruptions", "Requests to be silent.")
+FIRST_SOUND = Histogram(
+    "voipavatar_first_sound_seconds",
+    "From the request to speak to its first sample being played; turns that waited are left out.",
+    buckets=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 4.0, 8.0),
+)
+FIRST_PICTURE = Histogram(
+    "voipavatar_first_picture_seconds",
+    "From the first sample that came in to the first talking frame that went out.",
+    buckets=(0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 2.0, 4.0),
+)
+SHUT = Histogram(
+    "voipavatar_interrupt_seconds",
+    "From the request to be silent to the last old sample that was played.",
+    buckets=(0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0),
+)
+
+REQUESTS = Counter(
+    "voipavatar_http_requests", "HTTP requests answered, by class of status.", ["status"]
+)
+
+
+def exposition() -> bytes:
+    """Every instrument in the text format that Prometheus reads."""
+    return generate_latest()

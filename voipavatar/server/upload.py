@@ -1,0 +1,53 @@
+"""A sound that came over HTTP: read it, and make sure that it is one before it is queued."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+
+import av
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from ..errors import InputError
+
+# What FFmpeg may take an upload for. Playlists and the like are left out: they name other files
+# and addresses, which FFmpeg would open for the sender.
+_FORMATS = (
+    "wav,w64,mp3,ogg,flac,mov,mp4,m4a,3gp,matroska,webm,aac,aiff,au,caf,amr,ac3,eac3,wv,tta,avi,asf"
+)
+
+
+async def read_sound(request: Request, kind: str) -> tuple[bytes, dict[str, str]]:
+    """(the file, the other fields) of a raw or multipart body. Its size is the guard's affair."""
+    if kind != "multipart/form-data":
+        return await request.body(), {}
+    async with request.form(max_files=1, max_fields=8, max_part_size=1_000_000) as form:
+        fields = {key: value for key, value in form.items() if isinstance(value, str)}
+        for value in form.values():
+            if isinstance(value, UploadFile):
+                return await value.read(), fields
+    return b"", fields
+
+
+async def check_sound(data: bytes) -> None:
+    """Raises InputError, with a sentence, unless `data` is a sound that can be decoded."""
+    if not data:
+        raise InputError("there is no sound in the request: send a WAV, MP3, Ogg, FLAC or MP4 file")
+    await asyncio.to_thread(_check, data)
+
+
+def _check(data: bytes) -> None:
+    try:
+        with av.open(io.BytesIO(data), options={"format_whitelist": _FORMATS}) as file:
+            if not file.streams.audio:
+                raise InputError("the file holds no sound: send one with an audio stream")
+            for frame in file.decode(audio=0):
+                if frame.samples:
+                    return
+    except (av.FFmpegError, ValueError) as error:
+        raise InputError(
+            f"the sound can't be decoded ({error.strerror if isinstance(error, OSError) else error}"
+            "): send a WAV, MP3, Ogg, FLAC or MP4 file"
+        ) from None
+    raise InputError("the sound is empty: there is not one sample in it")

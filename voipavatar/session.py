@@ -1,0 +1,722 @@
+"""The composition root: persona → engine, voice, stage, sinks. Only this file knows them all.
+
+    async with Studio(settings) as studio:
+        session = await studio.open("default", room=RoomOptions(...))
+        utterance = await session.say("Hello.")
+        played = await utterance.finished
+
+A `Studio` is one process: it owns the renderers (one engine per process and device) and the loaded
+voices, shared by all sessions. A `Session` is one avatar on air. The plugin, the worker, the
+server, the CLI and Pipecat all go through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .config import Persona, Settings, VoiceChoice, load_persona
+from .engines import Avatar, Engine, EngineSession, Progress, Renderer, Spec
+from .errors import ConfigError, InputError, StageError, VoipAvatarError
+from .media import Clock, Cue, Int16, ManualClock, Mode, MonotonicClock, Sink
+from .stage import Options, Stage, State
+
+if TYPE_CHECKING:
+    from livekit.agents import tts
+
+    from .room import RoomOptions, RoomSink
+
+logger = logging.getLogger(__name__)
+
+Event: TypeAlias = dict[str, Any]
+Chunk: TypeAlias = tuple[Int16, int, Sequence[Cue]]
+SinkFactory: TypeAlias = Callable[[Spec], Sink]
+
+AHEAD = 15.0
+"""Seconds of synthesised speech that may wait for being spoken."""
+TEXTS = 200
+"""Texts that may wait in a session."""
+EVENTS = 256
+"""Events that may wait for a subscriber; the oldest go first."""
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+def _viseme(settings: Settings) -> Engine:
+    from .engines.viseme import VisemeEngine
+
+    return VisemeEngine()
+
+
+def _clapper(settings: Settings) -> Engine:
+    from .engines.clapper import ClapperEngine
+
+    return ClapperEngine()
+
+
+ENGINES: dict[str, Callable[[Settings], Engine]] = {"viseme": _viseme, "clapper": _clapper}
+"""A new engine is one new file and one row here."""
+
+
+# --- utterances -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Played:
+    """How an utterance ended."""
+
+    heard: float
+    """Seconds of it that were really played."""
+    interrupted: bool
+
+
+class Utterance:
+    """One turn from its owner's side: push sound, end it, and hear how it went.
+
+    `started` and `finished` are futures that always resolve; `started` with None when the
+    utterance ended before anything of it was heard.
+    """
+
+    def __init__(self, session: Session, text: str = "") -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.turn = 0
+        self.text = text
+        self.started: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
+        self.finished: asyncio.Future[Played] = asyncio.get_running_loop().create_future()
+        self.error: str | None = None
+        self._session = session
+
+    @property
+    def done(self) -> bool:
+        return self.finished.done()
+
+    def push(self, pcm: Int16, rate: int, cues: Sequence[Cue] = ()) -> None:
+        """int16 mono. After the end of the turn it is dropped; InputError when too much waits."""
+        self._session.stage.push(self.turn, pcm, rate, cues)
+
+    def end(self) -> None:
+        """All of it was pushed."""
+        self._session.stage.end(self.turn)
+
+    def cancel(self) -> None:
+        """Forget it, now."""
+        self._session.stage.cancel(self.turn)
+
+    async def room(self, seconds: float = AHEAD) -> None:
+        """Wait until less than `seconds` of it wait for being spoken, or it is over."""
+        stage = self._session.stage
+        while not self.done and (behind := stage.backlog_of(self.turn) - seconds) > 0:
+            await asyncio.wait([self.finished], timeout=min(max(behind, 0.02), 0.5))
+
+
+class _Owner:
+    """The stage's listener: resolves an utterance's futures and tells the session's subscribers."""
+
+    def __init__(self, session: Session, utterance: Utterance) -> None:
+        self._session = session
+        self._utterance = utterance
+
+    def started(self, turn: int) -> None:
+        one = self._utterance
+        if not one.started.done():
+            one.started.set_result(time.time())
+            self._session.emit("started", utterance=one.id, text=one.text)
+
+    def finished(self, turn: int, heard: float, interrupted: bool) -> None:
+        one = self._utterance
+        if not one.started.done():
+            one.started.set_result(None)
+        if not one.finished.done():
+            one.finished.set_result(Played(heard, interrupted))
+        self._session.emit(
+            "finished",
+            utterance=one.id,
+            heard=round(heard, 3),
+            interrupted=interrupted,
+            error=one.error,
+        )
+
+    def cue(self, turn: int, cue: Cue) -> None:
+        kind = "caption" if cue.kind == "word" else "gesture"
+        self._session.emit(
+            kind, utterance=self._utterance.id, text=cue.text, start=cue.start, end=cue.end
+        )
+
+
+# --- one avatar on air ----------------------------------------------------------------------------
+
+
+class Session:
+    """One avatar on air. Made by `Studio.open`; methods that don't say so return at once."""
+
+    def __init__(
+        self,
+        name: str,
+        persona: Persona,
+        stage: Stage,
+        studio: Studio,
+        voices: tuple[VoiceChoice, ...],
+        room: RoomSink | None,
+    ) -> None:
+        self.id = name
+        self.persona = persona
+        self.stage = stage
+        self.room = room
+        self.opened = time.time()
+        self.touched = time.monotonic()
+        """When it was last fed; for closing what nobody uses."""
+        self._studio = studio
+        self._voices = voices
+        self._run: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._texts: dict[int, tuple[Utterance, str, tuple[VoiceChoice, ...]]] = {}
+        self._fillers: dict[int, asyncio.Task[None]] = {}
+        self._utterances: dict[int, Utterance] = {}
+        self._subscribers: set[_Subscriber] = set()
+        self._closing: asyncio.Task[None] | None = None
+        self._draining = False
+        self.closed = asyncio.Event()
+        self.failure: str | None = None
+
+    # -- speech ------------------------------------------------------------------------------------
+
+    async def say(
+        self, text: str, *, mode: Mode = "append", voice: Sequence[VoiceChoice] | None = None
+    ) -> Utterance:
+        """Speak a text, sentence by sentence as it is synthesised.
+
+        Raises InputError for a text that is too long or when too many wait; a voice that fails
+        is told by an "error" event and by `utterance.error`.
+        """
+        limit = self._studio.settings.max_text
+        if len(text) > limit:
+            raise InputError(f"a text of {len(text):,} characters is too long: {limit:,} is most")
+        if len(self._texts) >= TEXTS:
+            raise InputError(f"{TEXTS} texts are waiting already: send more when some were spoken")
+        utterance = self.open_turn(mode, text=text)
+        self._texts[utterance.turn] = (utterance, text, tuple(voice or self._voices))
+        self._synthesise_next()
+        return utterance
+
+    async def play(self, source: Path | bytes, *, mode: Mode = "append") -> Utterance:
+        """Speak a sound: any file that PyAV reads. InputError when it can't be read."""
+        from .sources import decode_audio
+
+        pieces = decode_audio(source)
+        first = await asyncio.to_thread(next, pieces, None)
+        utterance = self.open_turn(mode)
+        self._fill(utterance, _decoded(first, pieces))
+        return utterance
+
+    def open_turn(self, mode: Mode = "append", *, text: str = "") -> Utterance:
+        """A turn that the caller pushes sound into."""
+        if self._draining:
+            raise StageError("the session is closing: open a new one")
+        self.touched = time.monotonic()
+        utterance = Utterance(self, text)
+        utterance.turn = self.stage.begin(_Owner(self, utterance), mode)
+        self._utterances[utterance.turn] = utterance
+        utterance.finished.add_done_callback(lambda _: self._over(utterance))
+        return utterance
+
+    async def interrupt(self) -> int:
+        """Stop speaking, and forget what waits; how many turns that were."""
+        self.touched = time.monotonic()
+        return self.stage.interrupt()
+
+    def _over(self, utterance: Utterance) -> None:
+        self._utterances.pop(utterance.turn, None)
+        self._texts.pop(utterance.turn, None)
+        task = self._fillers.get(utterance.turn)
+        if task is not None:
+            task.cancel()
+        self._synthesise_next()
+
+    def _synthesise_next(self) -> None:
+        """Synthesise what is spoken next, and the one after it while that is being spoken."""
+        for turn in [turn for turn in self.stage.waiting() if turn in self._texts][:2]:
+            if turn not in self._fillers:
+                utterance, text, voices = self._texts[turn]
+                self._fill(utterance, self._spoken(text, voices))
+
+    def _fill(self, utterance: Utterance, chunks: AsyncGenerator[Chunk, None]) -> None:
+        turn = utterance.turn
+        task = asyncio.create_task(self._filling(utterance, chunks), name="session-fill")
+        self._fillers[turn] = task
+
+        def filled(_: asyncio.Task[None]) -> None:
+            self._fillers.pop(turn, None)
+            self._texts.pop(turn, None)
+            if not self._draining:
+                self._synthesise_next()
+
+        task.add_done_callback(filled)
+
+    async def _filling(self, utterance: Utterance, chunks: AsyncGenerator[Chunk, None]) -> None:
+        try:
+            async with contextlib.aclosing(chunks):
+                async for pcm, rate, cues in chunks:
+                    utterance.push(pcm, rate, cues)
+                    await utterance.room()
+        except Exception as error:  # a voice is a plug-in: the turn ends with what there is
+            utterance.error = _told(error)
+            logger.warning("speech could not be had", extra={"error": type(error).__name__})
+            self.emit("error", utterance=utterance.id, error=utterance.error)
+        utterance.end()
+
+    async def _spoken(
+        self, text: str, voices: tuple[VoiceChoice, ...]
+    ) -> AsyncGenerator[Chunk, None]:
+        from .speech import speak
+
+        voice = await self._studio.voice(voices)
+        async with contextlib.aclosing(speak(voice, text)) as chunks:
+            async for chunk in chunks:
+                yield chunk.pcm, chunk.rate, chunk.cues
+
+    # -- what others see ---------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        return self.stage.state.value
+
+    def status(self) -> dict[str, Any]:
+        """State, queue and counters, ready for JSON."""
+        stage, counters = self.stage, self.stage.counters
+        spec = stage.engine.spec
+        room = self.room
+        waiting = stage.waiting()
+        return {
+            "id": self.id,
+            "persona": self.persona.name,
+            "engine": self.persona.engine,
+            "state": self.state,
+            "opened": self.opened,
+            "picture": {"width": spec.width, "height": spec.height, "fps": spec.fps},
+            "queue": [
+                {
+                    "utterance": self._utterances[turn].id,
+                    "backlog": round(stage.backlog_of(turn), 3),
+                }
+                for turn in waiting
+                if turn in self._utterances
+            ],
+            "latency": {
+                "sink": round(stage.sinks[0].latency, 3) if stage.sinks else 0.0,
+                "lookahead": spec.lookahead / 16_000,
+            },
+            "counters": {name: getattr(counters, name) for name in counters.__slots__},
+            "room": None
+            if room is None
+            else {
+                "name": room.options.room,
+                "connected": room.connected,
+                "underruns": room.underruns,
+                "dropped": room.dropped,
+                "ended": room.ended,
+            },
+            "failure": self.failure,
+        }
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Tell every subscriber; None fields are left out."""
+        event: Event = {"type": kind, "session": self.id, "at": time.time()}
+        event.update({name: value for name, value in fields.items() if value is not None})
+        for subscriber in self._subscribers:
+            subscriber.put(event)
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """What happens from now on, until the session closes. Ends with a "closed" event."""
+        subscriber = _Subscriber()
+        self._subscribers.add(subscriber)
+        try:
+            if self.closed.is_set():
+                return
+            yield {
+                "type": "state",
+                "session": self.id,
+                "at": time.time(),
+                "state": self.state,
+                "room": self.room.connected if self.room is not None else None,
+            }
+            while True:
+                event = await subscriber.get()
+                yield event
+                if event["type"] == "closed":
+                    return
+        finally:
+            self._subscribers.discard(subscriber)
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Put the stage on air. Called by the studio."""
+        self._run = asyncio.create_task(self.stage.run(), name=f"stage-{self.id}")
+        self._watch = asyncio.create_task(self._watching(self._run), name=f"watch-{self.id}")
+
+    async def aclose(self, drain: float = 0.0) -> None:
+        """Stop. With `drain`, what is being spoken may go on for so many seconds. Idempotent."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(drain), name=f"close-{self.id}")
+        await asyncio.shield(self._closing)
+
+    async def _close(self, drain: float) -> None:
+        self._draining = True
+        waiting = [one.finished for one in self._utterances.values()]
+        if waiting and drain > 0:
+            await asyncio.wait(waiting, timeout=drain)
+        self.stage.close()
+        tasks = [task for task in (self._watch, self._run, *self._fillers.values()) if task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sink in self.stage.sinks:
+            try:
+                await sink.aclose()
+            except VoipAvatarError as error:
+                self.failure = self.failure or str(error)
+                self.emit("error", error=str(error))
+        self._studio.forget(self)
+        self.emit("closed", error=self.failure)
+        self.closed.set()
+
+    async def _watching(self, run: asyncio.Task[None]) -> None:
+        """A stage that fails is told, never silently gone."""
+        await asyncio.wait([run])
+        if not run.cancelled() and run.exception() is not None:
+            self.failure = _told(run.exception())
+            logger.error("a stage failed", exc_info=run.exception())
+            self._closing = self._closing or asyncio.create_task(
+                self._close(0.0), name=f"close-{self.id}"
+            )
+
+    def room_state(self, state: str) -> None:
+        """Called by the room sink."""
+        self.emit("room", state=state)
+        if state == "ended" and self._closing is None:
+            self.failure = f"the avatar left the room: {self.room.ended if self.room else ''}"
+            self._closing = asyncio.create_task(self._close(0.0), name=f"close-{self.id}")
+
+
+async def _decoded(
+    first: tuple[Int16, int] | None, pieces: Iterator[tuple[Int16, int]]
+) -> AsyncGenerator[Chunk, None]:
+    piece = first
+    while piece is not None:
+        yield *piece, ()
+        piece = await asyncio.to_thread(next, pieces, None)
+
+
+class _Subscriber:
+    """A bounded queue of events; when it is full the oldest goes, and that is told."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._there = asyncio.Event()
+        self._lost = 0
+
+    def put(self, event: Event) -> None:
+        if len(self._events) >= EVENTS:
+            self._events.popleft()
+            self._lost += 1
+        self._events.append(event)
+        self._there.set()
+
+    async def get(self) -> Event:
+        while not self._events:
+            self._there.clear()
+            await self._there.wait()
+        event = self._events.popleft()
+        if self._lost:
+            event, self._lost = {**event, "lost": self._lost}, 0
+        return event
+
+
+def _told(error: BaseException | None) -> str:
+    return str(error) if isinstance(error, VoipAvatarError) else f"{type(error).__name__}: {error}"
+
+
+# --- one process ----------------------------------------------------------------------------------
+
+
+class Studio:
+    """One process: renderers and voices, shared by all its sessions."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings.from_env()
+        self.sessions: dict[str, Session] = {}
+        self._renderers: dict[str, Renderer] = {}
+        self._voices: dict[str, tts.TTS[Any]] = {}
+        self._rented: dict[str, Renderer] = {}
+        self._lock = asyncio.Lock()
+        self._preparing: dict[str, asyncio.Lock] = {}
+        self._closed = False
+
+    async def __aenter__(self) -> Studio:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def open(
+        self,
+        persona: Persona | str,
+        *,
+        room: RoomOptions | None = None,
+        sinks: Sequence[SinkFactory] = (),
+        voice: Sequence[VoiceChoice] | None = None,
+        id: str | None = None,
+        clock: Clock | None = None,
+        options: Options | None = None,
+        progress: Progress | None = None,
+    ) -> Session:
+        """Put an avatar on air. A failure, or being cancelled, leaves nothing behind.
+
+        Raises ConfigError, AvatarError, EngineError, CapacityError or TransportError.
+        """
+        if self._closed:
+            raise StageError("the studio is closed")
+        if isinstance(persona, str):
+            persona = load_persona(persona, self.settings)
+        name = id or uuid.uuid4().hex[:12]
+        if name in self.sessions:
+            raise ConfigError(f"there is a session {name!r} already")
+        async with contextlib.AsyncExitStack() as undo:
+            renderer = await self.renderer(persona.engine)
+            avatar = await self.prepare(persona, progress)
+            engine = await renderer.open(avatar)
+            undo.callback(renderer.release)
+            session = await self._compose(
+                undo, name, persona, engine, renderer, room, sinks, voice, clock, options
+            )
+            undo.pop_all()
+        self._rented[name] = renderer
+        self.sessions[name] = session
+        session.start()
+        return session
+
+    async def _compose(
+        self,
+        undo: contextlib.AsyncExitStack,
+        name: str,
+        persona: Persona,
+        engine: EngineSession,
+        renderer: Renderer,
+        room: RoomOptions | None,
+        sinks: Sequence[SinkFactory],
+        voice: Sequence[VoiceChoice] | None,
+        clock: Clock | None,
+        options: Options | None,
+    ) -> Session:
+        spec = engine.spec
+        session: Session | None = None
+
+        def on_state(state: State) -> None:
+            if session is not None:
+                session.emit("state", state=state.value)
+
+        def on_room(state: str) -> None:
+            if session is not None:
+                session.room_state(state)
+
+        made: list[Sink] = []
+        room_sink: RoomSink | None = None
+        if room is not None:
+            from .room import RoomSink
+
+            room_sink = RoomSink(room, spec.width, spec.height, spec.fps, on_room)
+            made.append(room_sink)
+            undo.push_async_callback(room_sink.aclose)
+        for make in sinks:
+            sink = make(spec)
+            made.append(sink)
+            undo.push_async_callback(sink.aclose)
+        stage = Stage(engine, renderer.submit, clock or MonotonicClock(), made, options, on_state)
+        undo.callback(stage.close)
+        voices = tuple(voice or persona.voice)
+        first: list[Awaitable[Any]] = [stage.prime()]
+        if room_sink is not None:
+            first.append(room_sink.start())
+        await _all(first)
+        session = Session(name, persona, stage, self, voices, room_sink)
+        return session
+
+    async def renderer(self, engine: str) -> Renderer:
+        """The process's renderer of an engine, made at the first call."""
+        if engine not in ENGINES:
+            raise ConfigError(f"there is no engine {engine!r}; there are: {', '.join(ENGINES)}")
+        async with self._lock:
+            renderer = self._renderers.get(engine)
+            if renderer is None:
+                renderer = Renderer(lambda: ENGINES[engine](self.settings), engine)
+                try:
+                    await renderer.start()
+                except BaseException:
+                    await renderer.aclose()
+                    raise
+                self._renderers[engine] = renderer
+            return renderer
+
+    async def prepare(self, persona: Persona, progress: Progress | None = None) -> Avatar:
+        """The persona's avatar, from the cache or made now. Idempotent."""
+        renderer = await self.renderer(persona.engine)
+        info = await renderer.start()
+        source = persona.beside(persona.portrait) if persona.portrait else Path()
+        options = persona.engine_settings()
+        key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
+        if source.is_file():
+            key.update(await asyncio.to_thread(source.read_bytes))
+        folder = f"{info.name}-v{info.version}"
+        target = self.settings.cache_dir / "avatars" / folder / key.hexdigest()[:24]
+        lock = self._preparing.setdefault(str(target), asyncio.Lock())
+        async with lock:
+            return await renderer.prepare(source, target, options, progress or _quiet)
+
+    async def voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
+        """The voice of these choices, loaded once."""
+        from .speech import make_voice
+
+        key = json.dumps([choice.model_dump() for choice in choices], sort_keys=True)
+        if key not in self._voices:
+            made = await asyncio.to_thread(make_voice, choices, self.settings)
+            self._voices.setdefault(key, made)
+        return self._voices[key]
+
+    def forget(self, session: Session) -> None:
+        """Called by a session that closed."""
+        self.sessions.pop(session.id, None)
+        renderer = self._rented.pop(session.id, None)
+        if renderer is not None:
+            renderer.release()
+
+    def health(self) -> dict[str, Any]:
+        """Whether new sessions can be opened, and how the engines fare."""
+        engines = {
+            name: {
+                **one.stats(),
+                "failure": _told(one.failure) if one.failure is not None else None,
+            }
+            for name, one in self._renderers.items()
+        }
+        failing = [name for name, one in self._renderers.items() if one.failure is not None]
+        return {
+            "status": "failing" if failing else "ok",
+            "sessions": len(self.sessions),
+            "engines": engines,
+        }
+
+    async def aclose(self, drain: float = 0.0) -> None:
+        """Close the sessions, then voices, then engines. Idempotent."""
+        self._closed = True
+        await asyncio.gather(*(one.aclose(drain) for one in list(self.sessions.values())))
+        voices, self._voices = self._voices, {}
+        for voice in voices.values():
+            await voice.aclose()
+        renderers, self._renderers = self._renderers, {}
+        for renderer in renderers.values():
+            await renderer.aclose()
+
+
+def _quiet(what: str, share: float) -> None:
+    """Progress that nobody watches."""
+
+
+async def _all(work: Sequence[Awaitable[Any]]) -> None:
+    """Await all; at the first failure the others are cancelled and awaited."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- one clip -------------------------------------------------------------------------------------
+
+
+async def render(
+    persona: Persona | str,
+    out: Path,
+    *,
+    text: str | None = None,
+    audio: Path | None = None,
+    voice: Sequence[VoiceChoice] | None = None,
+    settings: Settings | None = None,
+    lead: float = 0.4,
+    tail: float = 0.8,
+    progress: Callable[[float, float], None] | None = None,
+) -> float:
+    """A clip of a text or a sound: the same stage on a clock that doesn't wait.
+
+    `lead` and `tail` are seconds of idle before and after. `progress` hears seconds made and
+    seconds known so far. Gives the clip's length in seconds; raises what `Studio.open` and
+    `Session.say` raise, and InputError when no speech came out.
+    """
+    from .sinks import FileSink
+
+    if (text is None) == (audio is None):
+        raise ConfigError("a clip takes either a text or a sound")
+    async with Studio(settings) as studio:
+        files: list[FileSink] = []
+
+        def file(spec: Spec) -> Sink:
+            files.append(FileSink(out, spec.width, spec.height, spec.fps, lossless=True))
+            return files[0]
+
+        session = await studio.open(
+            persona,
+            sinks=[file],
+            voice=voice,
+            clock=ManualClock(),
+            options=Options(patient=True, hold=1 << 30),
+        )
+        stage, fps = session.stage, session.stage.fps
+
+        async def until(index: int) -> None:
+            while stage.index < index:
+                await _progressed(session, stage.index)
+
+        await until(round(lead * fps))
+        if text is not None:
+            utterance = await session.say(text)
+        else:
+            assert audio is not None
+            utterance = await session.play(audio)
+        while not utterance.done:
+            if progress is not None:
+                progress(stage.index / fps, stage.index / fps + stage.backlog + tail)
+            await _progressed(session, stage.index)
+        played = utterance.finished.result()
+        if utterance.error is not None:
+            await session.aclose()
+            raise InputError(f"no clip was made: {utterance.error}")
+        if played.heard == 0:
+            raise InputError("no clip was made: there is nothing to say in it")
+        await until(stage.index + round(tail * fps))
+        length = stage.index / fps
+        await session.aclose()
+        if session.failure is not None:
+            raise VoipAvatarError(session.failure)
+        if progress is not None:
+            progress(length, length)
+        return length
+
+
+async def _progressed(session: Session, index: int) -> None:
+    """Until the stage has gone on from `index`, or has failed."""
+    while session.stage.index == index:
+        if session.closed.is_set():
+            raise VoipAvatarError(session.failure or "the session ended before the clip was done")
+        await asyncio.sleep(0.002)
