@@ -166,7 +166,8 @@ class EgressOutputs:
             timeout = aiohttp.ClientTimeout(total=REQUEST_LIMIT)
             url, key, secret = self._access
             url = re.sub(r"^ws", "http", url)
-            self._server = api.LiveKitAPI(url, key, secret, timeout=timeout)
+            # The library's own retries would only make its answers late.
+            self._server = api.LiveKitAPI(url, key, secret, timeout=timeout, failover=False)
             self._task = asyncio.create_task(self._run(), name=f"egress-{self._room}")
 
     def add(self, url: StreamUrl, id: str) -> EgressTarget:
@@ -273,6 +274,8 @@ class EgressOutputs:
         )
         plan = self._plan
         async with self._asking(wanted):
+            # Without redis a server takes 20 s to say "no response"; to this it says why, at once.
+            await self._server.egress.list_egress(api.ListEgressRequest(active=True))
             if plan.room:
                 info = await self._server.egress.start_room_composite_egress(
                     api.RoomCompositeEgressRequest(
