@@ -109,7 +109,7 @@ class EgressTarget:
         return {
             "id": self.id,
             "via": "egress",
-            "kind": self.url.kind,
+            "protocol": self.url.kind,
             "url": str(self.url),
             "state": self.state.value,
             "reason": self.reason,

@@ -555,7 +555,7 @@ class Target:
         return {
             "id": self.id,
             "via": "direct",
-            "kind": self.url.kind,
+            "protocol": self.url.kind,
             "url": str(self.url),
             "state": self.state.value,
             "reason": self.reason,
