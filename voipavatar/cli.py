@@ -377,6 +377,30 @@ def doctor(settings: Settings, as_json: bool) -> int:
     return 0 if told["ok"] else 1
 
 
+@cli.command()
+@click.pass_obj
+def fetch(settings: Settings) -> int:
+    """Get now what demo and tests would get at first use.
+
+    A livekit-server, unless LIVEKIT_URL names one, and the page's files. The first time it may
+    take minutes (a build); then everything works without a network.
+    """
+
+    async def fetching() -> None:
+        from .livekit_server import obtain
+
+        with _steps() as tell:
+            if not settings.livekit_url:
+                await obtain(
+                    settings.cache_dir,
+                    lambda message, elapsed: tell(f"{message} ({elapsed:.0f} s)"),
+                )
+            await _page_files(settings, tell)
+
+    _run(fetching())
+    return 0
+
+
 @cli.group()
 def bench() -> None:
     """Measure this machine."""
