@@ -107,7 +107,7 @@ class Look:
         (0.62, 0.72, 0.72),
         (0.36, 0.48, 0.50),
     )
-    exposure: float = 1.14
+    exposure: float = 1.22
     seed: int = 7
 
 
@@ -341,14 +341,16 @@ class Painting:
         mask = np.zeros((PAINT_SIZE, PAINT_SIZE), np.uint8)
         at = np.round(self.pixel(outline[:, :2]) * 16).astype(np.int32)
         cv2.fillPoly(mask, [at], (255,), cv2.LINE_AA, 4)
-        return gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        out: F = gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        return out
 
     def line(self, points: F, width: float, soft: float) -> F:
         mask = np.zeros((PAINT_SIZE, PAINT_SIZE), np.uint8)
         at = np.round(self.pixel(points[:, :2]) * 16).astype(np.int32)
         wide = max(1, round(width * PAINT_SIZE / PAINT[2]))
         cv2.polylines(mask, [at], False, (255,), wide, cv2.LINE_AA, 4)
-        return gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        out: F = gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        return out
 
     def blob(self, x: float, y: float, wide: float, high: float, mirror: bool = True) -> F:
         spot: F = np.exp(-(((self.x - x) / wide) ** 2) - ((self.y - y) / high) ** 2)
@@ -782,6 +784,10 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     away = scalp_mask(look, paths.reshape(-1, 3), centre).reshape(paths.shape[:2])
     strays = ((away < -1.6) & (paths[..., 2] > 0.60) & (paths[..., 1] > eye_y - 1.0)).any(1)
     strays &= hair.style != "curly"
+    if hair.style == "long":
+        # Nor lies across the shoulders behind the neck, where it would stick out like a brush.
+        tip = paths[np.arange(len(paths)), np.argmin(np.abs(paths[..., 1] - hair.cut), axis=1)]
+        strays |= (tip[:, 2] < 0.12) & (np.abs(tip[:, 0]) > 0.62)
     paths, roots, out, side = (v[~strays] for v in (paths, roots, out, side))
     behind = 0.28 * smooth(0.25, -0.3, roots[:, 2])
     paths = cut_hair(paths, hair.cut + behind + rng.normal(0, 0.035, len(roots)))
@@ -1202,7 +1208,8 @@ def backdrop(look: Look, height: int, width: int) -> F:
         d = np.hypot(x - cx, y - cy)
         disc = (smooth(r * 1.12, r * 0.88, d) * (0.75 + 0.25 * smooth(0.5 * r, r, d)))[..., None]
         room = room + disc * light * np.array([1.1, 0.92, 0.68]) * rng.uniform(0.06, 0.22)
-    return gaussian_filter(room, (1.5, 1.5, 0))
+    out: F = gaussian_filter(room, (1.5, 1.5, 0))
+    return out
 
 
 def finish(look: Look, render: F) -> NDArray[np.uint8]:
@@ -1240,7 +1247,7 @@ LOOKS: dict[str, Look] = {
             "macrodetails/african-female-young": 0.08,
             "macrodetails/universal-female-young-averagemuscle-averageweight": 1.0,
             "mouth/mouth-angles-up": 0.5,
-            "expression/units/caucasian/mouth-corner-puller": 0.22,
+            "expression/units/caucasian/mouth-corner-puller": 0.36,
             "mouth/mouth-scale-horiz-incr": 0.10,
             "mouth/mouth-lowerlip-ext-up": 0.35,
             "mouth/mouth-upperlip-ext-down": 0.35,
