@@ -72,6 +72,7 @@ class Hair:
     cut: float = 5.58  # height at which the scissors went
     turns: float = 1.6
     clump: float = 0.45
+    gather: float = 0.0  # how far the ends are drawn in, 0 to 1
     # The hairline: its elevation in degrees at the azimuths of HAIRLINE, 0 in front.
     line: tuple[float, ...] = (35.5, 32.0, 20.0, 1.0, -12.0, 8.0, -16.0, -30.0)
 
@@ -516,9 +517,9 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
                 )
                 p.relief -= 1.2 * p.line(foot * np.array([sign, 1.0]), 0.008, 0.007)
         for k in range(3):
-            wide = np.linspace(-0.42, 0.42, 30)
-            high = eye[1] + 0.52 + 0.10 * k + 0.02 * np.cos(wide * 5 + k)
-            crease = p.line(np.stack([wide, high], axis=1), 0.008, 0.010)
+            across = np.linspace(-0.42, 0.42, 30)
+            high = eye[1] + 0.52 + 0.10 * k + 0.02 * np.cos(across * 5 + k)
+            crease = p.line(np.stack([across, high], axis=1), 0.008, 0.010)
             p.relief -= 0.8 * look.lines * crease * smooth(0.45, 0.2, np.abs(p.x))
     # Pores.
     calm = 1 - smooth(0.0, 0.35, wide)
@@ -791,6 +792,11 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     paths, roots, out, side = (v[~strays] for v in (paths, roots, out, side))
     behind = 0.28 * smooth(0.25, -0.3, roots[:, 2])
     paths = cut_hair(paths, hair.cut + behind + rng.normal(0, 0.035, len(roots)))
+    if hair.gather:
+        # The ends are drawn in towards the neck instead of standing on the shoulders.
+        wide = np.abs(paths[..., 0]) - 0.66
+        low = smooth(eye_y - 0.65, eye_y - 0.95, paths[..., 1])
+        paths[..., 0] -= np.sign(paths[..., 0]) * np.maximum(wide, 0) * low * hair.gather
     key = roots + side[:, None] * np.array([3.0, 0, 0])
 
     # Locks: strands lean to the middle strand of their lock, more towards the tip.
@@ -1266,6 +1272,7 @@ LOOKS: dict[str, Look] = {
             "ears/@-ear-wing-decr": 0.8,
             "ears/@-ear-scale-decr": 1.0,
         },
+        hair=Hair(gather=0.75),
     ),
 }
 
@@ -1420,7 +1427,10 @@ LOOKS["amara"] = Look(
 )
 
 
-def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F, dict[str, Any]]:
+def build(
+    look: Look, base_folder: Path, scale: float, samples: int
+) -> tuple[F | None, dict[str, Any]]:
+    """The render (none for 0 samples) and the landmarks."""
     bpy.ops.wm.read_factory_settings(use_empty=True)
     base = Base(base_folder, look.shape, look.eyes, look.size)
     eye = base.centre("joint-l-eye")
@@ -1441,6 +1451,8 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
     make_mouth(features)
     irises = make_eyes(look, base, camera)
     marks = landmarks(look, base, surface, features, irises, camera)
+    if not samples:
+        return None, marks
     cloth = make_clothes(look, base)
     dressed = Surface(cloth)
     obstacles = np.vstack([surface.points, dressed.points])
@@ -1468,13 +1480,15 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
 
 def face_edge(surface: Surface, middle: F, way: F, reach: float) -> F:
     """Where, from `middle` along `way` in the picture, the face turns away from the viewer."""
+    # Below, the chin rounds gently into the neck; at the sides the cheek does so sharply.
+    steep = 2.6 if way[1] < -0.8 else 7.0
     last = surface.front(float(middle[0]), float(middle[1]))
     assert last is not None
     pace = 0.004
     for r in np.arange(pace, reach, pace):
         x, y = middle + way * r
         hit = surface.front(float(x), float(y))
-        if hit is None or (r > 0.58 and (hit[2] - last[2]) / pace < -7.0):
+        if hit is None or (r > 0.58 and (hit[2] - last[2]) / pace < -steep):
             return last
         last = hit
     return last
@@ -1599,21 +1613,24 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the CC0 base mesh")
     parser.add_argument("--out", type=Path, help="folder to write (default: personas/NAME)")
     parser.add_argument("--draft", type=float, default=1.0, help="share of the full size")
-    parser.add_argument("--samples", type=int, default=160)
+    parser.add_argument("--samples", type=int, default=26)
     parser.add_argument("--bald", action="store_true", help="leave the hair out (a quick look)")
+    parser.add_argument("--marks", action="store_true", help="only write the landmarks anew")
     parser.add_argument("--overlay", type=Path, help="picture with the landmarks drawn")
     args = parser.parse_args()
     look = LOOKS[args.name]
     if args.bald:
         look = replace(look, hair=replace(look.hair, strands=0))
-    render, marks = build(look, args.base, args.draft, args.samples)
-    image = finish(look, render)
+    render, marks = build(look, args.base, args.draft, 0 if args.marks else args.samples)
     out = args.out or Path(__file__).resolve().parents[2] / "personas" / args.name
     out.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(out / "portrait.png"), image[..., ::-1])
+    if render is not None:
+        cv2.imwrite(str(out / "portrait.png"), finish(look, render)[..., ::-1])
     (out / "landmarks.yaml").write_text(as_yaml(marks))
     if args.overlay:
-        cv2.imwrite(str(args.overlay), draw_landmarks(image, marks)[..., ::-1])
+        picture = np.asarray(cv2.imread(str(out / "portrait.png")), np.uint8)
+        drawn = draw_landmarks(picture[..., ::-1].copy(), marks)
+        cv2.imwrite(str(args.overlay), drawn[..., ::-1])
 
 
 if __name__ == "__main__":
