@@ -421,22 +421,24 @@ class _Model:
     def ids(self, phonemes: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids for the network, and for each the index of its phoneme (-1: none yet).
 
-        A blank after every phoneme, as the voices are trained. It belongs to the one after it: so
-        measured against the sound, where voiceless consonants and stops are then 23 dB below
-        vowels; counted to the one before, cues come some 30 ms late and it is 14 dB.
+        There is a blank between any two phonemes, as the voices are trained. It belongs to the
+        one that follows, or to the one before a silence: so vowels, closures and sibilants in the
+        sound correlate best with their cues, at no lag (the other way round they come 20 ms late).
         """
         table = self._ids
         blank = table["_"]
-        ids = [*table["^"], *blank]
-        owners = [*[-1] * len(table["^"]), *[0] * len(blank)]
-        for index, symbol in enumerate(phonemes):
+        ids = list(table["^"])
+        owners = [-1] * len(ids)
+        before = -1
+        for index, symbol in enumerate([*phonemes, "$"]):
             known = table.get(symbol)
             if known is None:
                 continue
-            ids += [*known, *blank]
-            owners += [*[index] * len(known), *[index + 1] * len(blank)]
-        last = table["$"]
-        return [*ids, *last], [*owners, *[len(phonemes)] * len(last)]
+            ids += [*blank, *known]
+            owners += [before if symbol in _SILENT else index] * len(blank)
+            owners += [index] * len(known)
+            before = index
+        return ids, owners
 
     def encode(
         self, ids: Sequence[int], scales: Float32, speaker: int | None
