@@ -53,7 +53,7 @@ FIRST, NEXT = 24, 96
 """Frames in the first decoded stretch of a sentence and in the others (0.28 and 1.1 s)."""
 
 GAP = 0.06
-"""Seconds. A space between words that takes less is no pause: the sound before it goes on."""
+"""Seconds. A space between words that takes less is no pause: the sound after it has begun."""
 
 _STRESS = "ˈˌ'"
 _LONGER = "ːˑ˞ʰʲʷˤ"
@@ -544,7 +544,7 @@ def _phonemes(
 ) -> list[Cue]:
     """Cues that follow each other without a hole from 0 to `end`."""
     spans: list[tuple[str, float, float]] = [(PAUSE, 0.0, starts[0] if phonemes else end)]
-    pending: float | None = None  # a stress mark waits for its vowel
+    pending: float | None = None  # a stress mark or a short space waits for its sound
     for index, symbol in enumerate(phonemes):
         start, stop = starts[index], starts[index + 1]
         text, before, _ = spans[-1]
@@ -554,8 +554,10 @@ def _phonemes(
         if pending is not None:
             start, pending = pending, None
         if symbol in _SILENT:
-            if text == PAUSE or (symbol == " " and stop - start < GAP):
+            if text == PAUSE:
                 spans[-1] = (text, before, stop)
+            elif symbol == " " and stop - start < GAP:
+                pending = start
             else:
                 spans.append((PAUSE, start, stop))
         elif text != PAUSE and (symbol in _LONGER or unicodedata.category(symbol[0]) == "Mn"):
