@@ -737,8 +737,8 @@ async def render(
         if played.heard == 0:
             raise InputError("no clip was made: there is nothing to say in it")
         await until(stage.index + round(tail * fps))
-        length = stage.index / fps
         await session.aclose()
+        length = stage.index / fps
         if session.failure is not None:
             raise VoipAvatarError(session.failure)
         if progress is not None:
