@@ -494,7 +494,7 @@ async def faults(
                         if event.get("id") in names and when > time.time() - took - 15.0:
                             said = f"{event['event']} {event['reason']}"
                             progress(f"  {when - time.time():+.1f} s {event['id']}: {said}")
-                await asyncio.sleep(chance.uniform(0.2, min(1.5, longest)))
+                await asyncio.sleep(chance.uniform(0.1, min(1.5, longest / 2)))
 
             async def line_faults(name: str, gate: Gate, number: int) -> None:
                 for _ in range(number):
