@@ -41,6 +41,8 @@ from voipavatar.media import Frame, i420
 from voipavatar.rtmp import Packet, RtmpConnection, StreamHeader, StreamUrl
 from voipavatar.targets import Rotation, State
 
+from . import servers
+
 pytestmark = pytest.mark.server
 
 KEY = "k3y-5ecret-8f1c"
@@ -51,9 +53,7 @@ def _nginx() -> None:
     try:
         find_nginx()
     except ConfigError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(error))
-        pytest.skip(str(error))
+        servers.missing(str(error))
 
 
 @pytest_asyncio.fixture
@@ -602,7 +602,7 @@ async def test_ffmpegs_own_listener_takes_the_stream(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_many_faults_in_one_run(tmp_path: Path) -> None:
     """50 of them; here none is long (`voipavatar bench broadcast` has those of 40 s)."""
-    report = await faults(50, longest=1.0, folder=tmp_path)
+    report = await faults(50, longest=0.7, folder=tmp_path)
     assert report.faults == 50 and report.slowest <= 5.0, report
     assert report.backwards == 0 and report.worst_offset <= 0.040 and report.claps >= 100, report
     assert report.refused.startswith("failed"), report

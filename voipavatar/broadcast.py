@@ -167,7 +167,7 @@ class Slate:
             luma[...] = (luma.astype(np.uint16) * 120 >> 8).astype(np.uint8)
             for chroma in (blue, red):
                 chroma[...] = (chroma.astype(np.int16) // 2 + 64).astype(np.uint8)
-        draw_text(still, self._text, bottom=0.55, size=0.06)
+        draw_text(still, self._text, bottom=0.55, size=0.045)
         return still
 
 

@@ -494,7 +494,7 @@ async def faults(
                         if event.get("id") in names and when > time.time() - took - 15.0:
                             said = f"{event['event']} {event['reason']}"
                             progress(f"  {when - time.time():+.1f} s {event['id']}: {said}")
-                await asyncio.sleep(chance.uniform(0.2, min(1.5, longest)))
+                await asyncio.sleep(chance.uniform(0.1, min(1.5, longest / 2)))
 
             async def line_faults(name: str, gate: Gate, number: int) -> None:
                 for _ in range(number):
@@ -567,6 +567,85 @@ async def faults(
                 report.worst_sound_gap = max(report.worst_sound_gap, float(found.sound_gap))
     report.seconds = round(time.monotonic() - began, 1)
     return report
+
+
+@dataclass
+class ThrottleReport:
+    """What `throttled` saw. Times in seconds."""
+
+    worst_latency: float = 0.0
+    """Oldest frame that left while the line carried half."""
+    back_under_3s: float = 0.0
+    """From the line's recovery until what leaves is younger than 3 s, and stays so."""
+    dropped: int = 0
+    sound_gap: float = 0.0
+    """Longest distance between sound packets in the recording."""
+    worst_offset: float = 0.0
+    reconnects: int = 0
+
+
+async def throttled(seconds: float = 60.0, share: float = 0.5) -> ThrottleReport:
+    """Half the uplink for so long: pictures are left out, sound never, and live is soon live."""
+    report, spec = ThrottleReport(), small_programme(video_bitrate=800_000)
+    with tempfile.TemporaryDirectory(prefix="voipavatar-") as folder:
+        async with (
+            Ingest(Path(folder)) as ingest,
+            Gate(ingest.port) as gate,
+            Studio(spec) as studio,
+        ):
+            studio.add(ingest.url("slow", gate.port), "out")
+            await studio.live("out")
+            target = studio.broadcast.targets["out"]
+            gate.throttle((spec.video_bitrate + spec.audio_bitrate) / 8 * share)
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                await asyncio.sleep(0.05)
+                report.worst_latency = max(report.worst_latency, target.latency)
+            gate.throttle(None)
+            recovered = time.monotonic()
+            while (now := time.monotonic()) < recovered + 10.0:
+                if target.latency > 3.0:
+                    report.back_under_3s = now - recovered
+                await asyncio.sleep(0.05)
+            report.dropped, report.reconnects = target.dropped, target.reconnects
+        found = await asyncio.to_thread(examine, ingest.recordings("slow")[0])
+    report.sound_gap, report.worst_offset = found.sound_gap, found.worst
+    return report
+
+
+async def bench(
+    minutes: float = 6.0, progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """All of it, as long as asked for: cost, a throttled line, then faults until time is up.
+
+    `memory` is the growth of this process over the faults, in MB an hour. Needs nginx with its
+    RTMP module (ConfigError).
+    """
+    until = time.monotonic() + minutes * 60
+    progress("one encode for one target and for three")
+    found: dict[str, Any] = {"cost": await cost(20.0 if minutes >= 3 else 8.0)}
+    progress("half the uplink")
+    found["throttled"] = asdict(await throttled(60.0 if minutes >= 3 else 10.0))
+    runs: list[FaultReport] = []
+    size, began = 0, time.monotonic()
+    while not runs or time.monotonic() + runs[-1].seconds < until:
+        longest = 40.0 if minutes >= 6 else 2.0
+        runs.append(await faults(50, longest=longest, seed=len(runs) + 1, progress=progress))
+        if len(runs) == 1:  # from here on everything that is loaded once has been loaded
+            size, began = _resident(), time.monotonic()
+    if len(runs) > 1:
+        hours = (time.monotonic() - began) / 3600
+        found["memory"] = round((_resident() - size) / 1e6 / hours, 2)
+    found["faults"] = [one.as_dict() for one in runs]
+    return found
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 async def cost(seconds: float = 20.0, targets: int = 3) -> dict[str, float]:

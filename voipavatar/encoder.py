@@ -222,11 +222,11 @@ def read_picture(path: str, width: int, height: int) -> UInt8 | None:
     return covering(np.asarray(cv2.cvtColor(even, cv2.COLOR_BGR2YUV_I420), np.uint8), width, height)
 
 
-def draw_text(image: UInt8, text: str, *, bottom: float = 0.94, size: float = 0.045) -> None:
+def draw_text(image: UInt8, text: str, *, bottom: float = 0.94, size: float = 0.034) -> None:
     """Write `text` into the luma of an I420 picture, in a dark box, centred, at most two lines."""
     luma, _, _ = planes(image)
     height, width = luma.shape
-    points = max(10, int(size * max(height, 9 * width / 16)))
+    points = max(10, int(size * (width * height) ** 0.5))
     lines = _wrapped(text, max(8, int(1.7 * width / points)))[-2:]
     step = int(points * 1.45)
     top = max(0, int(height * bottom) - step * len(lines))

@@ -165,7 +165,9 @@ export class GoLive {
     };
     row.append(text("state", LABELS[one.state] ?? one.state), text("url", one.url));
     row.append(text("numbers", numbers(one)));
-    if (one.reason && one.state !== "live") row.append(text("reason", one.reason));
+    if (one.reason && one.state !== "live") {
+      row.append(text("reason", one.reason.replaceAll(one.url, "the server")));
+    }
     const end = document.createElement("button");
     end.type = "button";
     end.textContent = one.state === "failed" ? "Remove" : "End";
