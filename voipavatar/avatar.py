@@ -158,7 +158,9 @@ def blended(patch: Patch, face: UInt8, strength: float = 1.0) -> UInt8:
         mask = (mask * np.uint16(round(256 * max(0.0, strength))) >> 8).astype(np.uint8)
     out = patch.under.copy()
     out[top:bottom, left:right] = blend(
-        new, patch.under[top:bottom, left:right], np.asarray(cv2.merge((mask, mask, mask)), np.uint8)
+        new,
+        patch.under[top:bottom, left:right],
+        np.asarray(cv2.merge((mask, mask, mask)), np.uint8),
     )
     return out
 

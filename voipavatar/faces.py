@@ -88,9 +88,7 @@ class Fit:
         h, w = bgr.shape[:2]
         size = (max(1, round(w * self.scale)), max(1, round(h * self.scale)))
         shrinks = self.scale < 1.0
-        sized = cv2.resize(
-            bgr, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-        )
+        sized = cv2.resize(bgr, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
         out = np.empty((self.height, self.width, 3), np.uint8)
         out[:] = background[::-1]
         x, y = round(self.left), round(self.top)
@@ -186,7 +184,9 @@ def _still(path: Path, background: tuple[int, int, int]) -> UInt8 | None:
             return None
         raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
         if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
-            return _flat(raw.astype(np.float32) / (257 if raw.dtype == np.uint16 else 1), background)
+            return _flat(
+                raw.astype(np.float32) / (257 if raw.dtype == np.uint16 else 1), background
+            )
         colour = cv2.imdecode(data, cv2.IMREAD_COLOR) if raw is not None else None
     except cv2.error:
         return None
@@ -196,9 +196,9 @@ def _still(path: Path, background: tuple[int, int, int]) -> UInt8 | None:
 def _flat(bgra: Float32, background: tuple[int, int, int]) -> UInt8:
     """(H, W, 4), 0..255, laid over a colour (RGB)."""
     alpha = bgra[..., 3:] / 255.0
-    return np.rint(
-        bgra[..., :3] * alpha + np.float32(background[::-1]) * (1.0 - alpha)
-    ).astype(np.uint8)
+    return np.rint(bgra[..., :3] * alpha + np.float32(background[::-1]) * (1.0 - alpha)).astype(
+        np.uint8
+    )
 
 
 def _upright(bgr: UInt8, degrees: int) -> UInt8:
@@ -445,7 +445,9 @@ def from_yaml(data: Mapping[str, Any]) -> Points:
         bridge + (tip - bridge) * np.linspace(0, 1, 4, dtype=np.float32)[:, None],
         np.stack([left, (left + base) / 2, base, (right + base) / 2, right]),
         *eyes,
-        closed(outer, [0, 5 / 3, 10 / 3, 5, 20 / 3, 25 / 3, 10, 35 / 3, 40 / 3, 15, 50 / 3, 55 / 3]),
+        closed(
+            outer, [0, 5 / 3, 10 / 3, 5, 20 / 3, 25 / 3, 10, 35 / 3, 40 / 3, 15, 50 / 3, 55 / 3]
+        ),
         closed(inner, [0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5]),
     ]
     return np.concatenate(parts).astype(np.float32)
@@ -698,7 +700,9 @@ def advice(faces: Sequence[Face | None], boxes: Sequence[Box | None]) -> list[st
     said = []
     tall = float(np.median([b[3] - b[1] for _, b in found]))
     if tall < 100:
-        said.append(f"the face is {tall:.0f} pixels tall: below 100 it is too small to be drawn well")
+        said.append(
+            f"the face is {tall:.0f} pixels tall: below 100 it is too small to be drawn well"
+        )
     elif tall > 400:
         said.append(
             f"the face is {tall:.0f} pixels tall: the network draws 256, so it will look soft; "
@@ -796,9 +800,7 @@ def prepare_loop(
         return ready
 
 
-def _find(
-    clip: Clip, kept: Path, landmarker: Landmarker, progress: Progress
-) -> list[Face | None]:
+def _find(clip: Clip, kept: Path, landmarker: Landmarker, progress: Progress) -> list[Face | None]:
     """A face, or none, for every picture of the clip."""
     # one row a picture: score (-1: no face), others, 136 coordinates
     rows: list[Float32] = []

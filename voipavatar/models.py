@@ -154,7 +154,9 @@ class State:
 
     @property
     def usable(self) -> bool:
-        return self.state in ("good", "unchecked") or (self.file.optional and self.state == "missing")
+        return self.state in ("good", "unchecked") or (
+            self.file.optional and self.state == "missing"
+        )
 
 
 def verify(recipe: Recipe, folder: Path) -> list[State]:
