@@ -1,4 +1,4 @@
-"""The MuseTalk engine on its reduced model: the engine contract, and what published code gets wrong."""
+"""The MuseTalk engine on its reduced model: the contract, and what published code gets wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from voipavatar.config import Settings

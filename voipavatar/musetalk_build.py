@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,11 +191,9 @@ def build(
             checked.close()
             if kind == "onnxruntime" or not part.plan:
                 continue
-            np.savez(
-                stage / f"{part.name}.golden.npz",
-                **{f"in_{k}": v for k, v in want.feeds.items()},
-                **{f"out_{k}": v for k, v in want.wants.items()},
-            )
+            arrays: dict[str, Any] = {f"in_{k}": v for k, v in want.feeds.items()}
+            arrays |= {f"out_{k}": v for k, v in want.wants.items()}
+            np.savez(stage / f"{part.name}.golden.npz", **arrays)
             progress(f"{part.name}: compiling", share + 0.6 / len(todo))
             shapes = {k: v.shape[1:] for k, v in part.feeds.items()}
             plans[part.name] = build_plan(
@@ -367,7 +366,7 @@ def bench(
     for n in batches:
         progress(f"stages, batch {n}", 0.5 * batches.index(n) / len(batches))
         stages[str(n)] = {
-            name: round(timed(lambda r=run, f=_one(networks, name, n): r(f), seconds / 4), 3)  # type: ignore[misc]
+            name: round(timed(partial(run, _one(networks, name, n)), seconds / 4), 3)
             for name, run in (
                 ("hear", networks.hear),
                 ("imagine", networks.imagine),
@@ -485,7 +484,7 @@ def _memory(device: str) -> float:
         try:
             import torch
 
-            return round(torch.cuda.max_memory_reserved(device) / 1e6)
+            return float(torch.cuda.max_memory_reserved(device) // 1_000_000)
         except (ImportError, RuntimeError):
             return 0.0
     import resource

@@ -30,11 +30,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..avatar import Loop, digest, file_digest, fold, paste
+from ..avatar import Box, Loop, digest, file_digest, fold, paste
 from ..config import Settings
 from ..errors import ConfigError, EngineError
 from ..faces import (
-    Box,
     Clip,
     DwPose,
     Given,
@@ -517,7 +516,7 @@ class Ear:
             a, b = max(0, lo - segment.start), min(segment.length, hi - segment.start)
             if b > a:
                 power += float(np.square(segment.pcm[a:b]).sum())
-        return (power / max(1, hi - lo)) ** 0.5
+        return float(np.sqrt(power / max(1, hi - lo)))
 
 
 # --- a session ------------------------------------------------------------------------------------
@@ -673,7 +672,7 @@ class Networks:
         return np.asarray(batched(self.hear, {"mel": mel, "rows": rows}, self.sizes)["heard"])
 
     def faces(self, latents: Float32, heard: Float32) -> tuple[UInt8, npt.NDArray[np.bool_]]:
-        """(B, 8, 32, 32) and (B, 50, width) -> (B, 256, 256, 3) BGR, and which of them are sound."""
+        """(B, 8, 32, 32), (B, 50, width) -> (B, 256, 256, 3) BGR, and which of them are sound."""
         feeds = {"latents": latents, "heard": heard}
         latent = batched(self.imagine, feeds, self.sizes)["latent"]
         good = np.isfinite(latent).all((1, 2, 3))

@@ -604,7 +604,7 @@ class Artefacts:
 def timed(run: Callable[[], object], seconds: float = 1.0, least: int = 3) -> float:
     """Milliseconds a call, the median of as many as fit into `seconds`."""
     run()
-    took = []
+    took: list[float] = []
     end = time.perf_counter() + seconds
     while len(took) < least or time.perf_counter() < end:
         start = time.perf_counter()
