@@ -17,6 +17,7 @@ therefore a function of the sound alone, however it was cut into pushes.
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +33,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..avatar import Box, Loop, digest, file_digest, fold, paste
 from ..config import Settings
-from ..errors import ConfigError, EngineError
+from ..errors import AvatarError, ConfigError, EngineError
 from ..faces import (
+    UPSTREAM,
     Clip,
     DwPose,
     Given,
@@ -42,6 +44,7 @@ from ..faces import (
     Parser,
     Plan,
     from_yaml,
+    import_loop,
     prepare_loop,
 )
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps, frames_for, slice_start
@@ -904,6 +907,8 @@ class MuseTalk:
         self, source: Path, target: Path, options: dict[str, Any], progress: Progress
     ) -> Avatar:
         chosen, recipe = read_options(options)
+        if source.name == UPSTREAM:
+            return self._import(source, target, chosen, recipe, progress)
         networks = self.networks(chosen, recipe)
         clip = Clip(
             source,
@@ -948,6 +953,42 @@ class MuseTalk:
 
         manifest = prepare_loop(clip, target, plan, landmarker, encode, parser, progress)
         avatar_options = chosen.model_dump(mode="json", exclude={"landmarks"})
+        return Avatar(target, int(manifest["width"]), int(manifest["height"]), avatar_options)
+
+    def _import(
+        self, source: Path, target: Path, options: Options, recipe: Recipe, progress: Progress
+    ) -> Avatar:
+        """An avatar that MuseTalk's own script prepared: `source` is the JSON in its folder."""
+        folder = source.parent
+
+        def latents(path: Path) -> list[Float32]:
+            try:
+                import torch
+            except ImportError:
+                raise missing("torch", "musetalk") from None
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                return [one.float().numpy().reshape(8, *one.shape[-2:]) for one in found]
+            except pickle.UnpicklingError:
+                raise AvatarError("latents.pt is refused: it wants to run code") from None
+            except (
+                RuntimeError,
+                ValueError,
+                OSError,
+                AttributeError,
+                TypeError,
+                EOFError,
+            ) as error:
+                text = str(error).splitlines()[0]
+                raise AvatarError(f"latents.pt is refused or damaged: {text}") from None
+
+        names = [folder / name for name in ("coords.pkl", "mask_coords.pkl", "latents.pt")]
+        content = [file_digest(path) for path in names if path.is_file()]
+        about = {"engine": "musetalk", "version": VERSION, "source": folder.name}
+        manifest = import_loop(
+            folder, target, digest(VERSION, "imported", content), about, latents, progress
+        )
+        avatar_options = options.model_dump(mode="json", exclude={"landmarks"})
         return Avatar(target, int(manifest["width"]), int(manifest["height"]), avatar_options)
 
     def _landmarker(self, options: Options, recipe: Recipe, clip: Clip) -> tuple[Landmarker, str]:
