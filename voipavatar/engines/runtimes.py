@@ -118,7 +118,8 @@ class TorchRuntime:
     def __call__(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         import torch
 
-        host = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self.inputs]
+        # what is mapped from disk can't be written, and torch wants to be able to
+        host = [torch.from_numpy(np.require(feeds[name], None, "CW")) for name in self.inputs]
         with torch.inference_mode():
             if self._capture:
                 out = self._replay(host)
