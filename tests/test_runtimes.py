@@ -147,8 +147,9 @@ def test_onnx_is_torch_in_any_batch(built: tuple[Path, Artefacts]) -> None:
         reference = TorchRuntime(part.make(torch.float32))
         for n in (1, 3, 16) if part.name != "look" else (1, 3):
             feeds = {
-                k: np.concatenate([v[:1] * (1 if v.dtype == np.int64 else 1 - i / 40) for i in range(n)])
-                .astype(v.dtype)
+                k: np.concatenate(
+                    [v[:1] * (1 if v.dtype == np.int64 else 1 - i / 40) for i in range(n)]
+                ).astype(v.dtype)
                 for k, v in part.feeds.items()
             }
             got, want = run(feeds), reference(feeds)
@@ -235,5 +236,7 @@ def test_what_is_not_built_says_what_builds_it(tmp_path: Path) -> None:
     from voipavatar.engines.musetalk import built_networks
 
     _, recipe, settings = tiny(tmp_path)
-    with pytest.raises(ConfigError, match="voipavatar build --engine musetalk --recipe musetalk-tiny"):
+    with pytest.raises(
+        ConfigError, match="voipavatar build --engine musetalk --recipe musetalk-tiny"
+    ):
         built_networks(recipe, settings, "onnxruntime", "cpu", "fp32")

@@ -17,6 +17,7 @@ therefore a function of the sound alone, however it was cut into pushes.
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,10 +31,22 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..avatar import Loop, digest, file_digest, fold, paste
+from ..avatar import Box, Loop, digest, file_digest, fold, paste
 from ..config import Settings
-from ..errors import ConfigError, EngineError
-from ..faces import Box, Clip, DwPose, Given, Landmarker, Mesh, Parser, Plan, from_yaml, prepare_loop
+from ..errors import AvatarError, ConfigError, EngineError
+from ..faces import (
+    UPSTREAM,
+    Clip,
+    DwPose,
+    Given,
+    Landmarker,
+    Mesh,
+    Parser,
+    Plan,
+    from_yaml,
+    import_loop,
+    prepare_loop,
+)
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps, frames_for, slice_start
 from ..models import Recipe, load_recipe
 from . import Avatar, EngineInfo, Job, Progress, Spec
@@ -67,6 +80,9 @@ WINDOW = 10
 
 BEFORE = 4
 """How many of them lie before the frame's first sample: rows 2i - 4 to 2i + 5 at 25 fps."""
+
+BUILT_ROWS = 24
+"""Rows of one hearing in exported networks, whose shapes are fixed: steps of 8 at 25 fps."""
 
 HEARD = 2120
 """Samples after a frame's first that its last row depends on: 5 rows and 32.5 ms of mel window."""
@@ -206,13 +222,13 @@ class Segment:
     def __init__(
         self, start: int, rows: int, mels: int, earlier: Segment | None, running: bool
     ) -> None:
-        """`start`: the turn's sample that is the first here; below 0 there is silence.
+        """`start`: the turn's sample that is the first here.
         `running`: the maximum is that of the turn so far, not of this segment alone."""
         self.start = start
         self.rows = rows
         self.mels = mels
         self.pcm = np.zeros(rows * ROW, np.float32)
-        self.length = max(0, -start)
+        self.length = 0
         self._earlier = earlier
         self._running = running
         self._blocks: list[Float32] = []
@@ -355,10 +371,7 @@ class Ear:
         self.samples = 0
         self.frames = 0
         self._context = min(100, h.positions // 5)  # rows kept to the left of a seam
-        # 80 ms of silence before the turn: real rows where MuseTalk puts zeros
-        self._segment = Segment(
-            0 if h.offline else -BEFORE * ROW, h.positions, h.mels, None, not h.offline
-        )
+        self._segment = Segment(0, h.positions, h.mels, None, not h.offline)
         self._segments = [self._segment]  # all, when offline
         self._levels: list[float] = []
         self._loudest = 0.0
@@ -449,6 +462,8 @@ class Ear:
             return self._cut_windows(first, until)
         segment = self._segment
         base = h.base(first) - segment.start // ROW
+        # before the turn's first row there is that row again, where MuseTalk's scripts put zeros:
+        # whisper never says zero, and a mouth jumps at it
         rows = np.clip(np.arange(base, base + h.reach), 0, h.positions - 1)
         hop = Hop(segment, min(end - segment.start, segment.length), rows)
         return [
@@ -504,7 +519,7 @@ class Ear:
             a, b = max(0, lo - segment.start), min(segment.length, hi - segment.start)
             if b > a:
                 power += float(np.square(segment.pcm[a:b]).sum())
-        return (power / max(1, hi - lo)) ** 0.5
+        return float(np.sqrt(power / max(1, hi - lo)))
 
 
 # --- a session ------------------------------------------------------------------------------------
@@ -556,6 +571,11 @@ class MuseTalkSession:
     @property
     def spec(self) -> Spec:
         return self._spec
+
+    @property
+    def reach(self) -> int:
+        """Rows of one hearing."""
+        return self._hearing.reach
 
     def push(self, pcm: Float32) -> list[Job]:
         self._after.clear()
@@ -636,6 +656,8 @@ class Networks:
     """Batches that are run; the last is the largest."""
     key: str
     """Names the weights that decide what is prepared and drawn."""
+    built: bool = False
+    """Exported: every hearing has `BUILT_ROWS` rows."""
     spare: list[Runtime] = field(default_factory=list)
     failed: bool = False
 
@@ -648,10 +670,12 @@ class Networks:
         """(B, R, layers, width): what whisper makes of each hop's rows."""
         mel = np.stack([hop.mel() for hop in hops])
         rows = np.stack([hop.rows for hop in hops])
+        if self.built:
+            rows = np.pad(rows, ((0, 0), (0, BUILT_ROWS - rows.shape[1])), mode="edge")
         return np.asarray(batched(self.hear, {"mel": mel, "rows": rows}, self.sizes)["heard"])
 
     def faces(self, latents: Float32, heard: Float32) -> tuple[UInt8, npt.NDArray[np.bool_]]:
-        """(B, 8, 32, 32) and (B, 50, width) -> (B, 256, 256, 3) BGR, and which of them are sound."""
+        """(B, 8, 32, 32), (B, 50, width) -> (B, 256, 256, 3) BGR, and which of them are sound."""
         feeds = {"latents": latents, "heard": heard}
         latent = batched(self.imagine, feeds, self.sizes)["latent"]
         good = np.isfinite(latent).all((1, 2, 3))
@@ -798,6 +822,7 @@ def built_networks(
         mels=int(whisper["mels"]),
         sizes=(1,) if device == "cpu" else BATCHES,
         key=str(said["key"]["weights"]),
+        built=True,
     )
     if kind != "onnxruntime":
         _prove(networks, artefacts, precision, arch)
@@ -857,13 +882,22 @@ class MuseTalk:
         device = options.device or self._device
         precision = options.precision or ("fp32" if device == "cpu" else "fp16")
         folder = models_folder(options, self._settings)
-        key = (recipe.name, options.runtime, precision, device, str(folder), str(options.legacy_audio))
+        key = (
+            recipe.name,
+            options.runtime,
+            precision,
+            device,
+            str(folder),
+            str(options.legacy_audio),
+        )
         with self._lock:
             if key not in self._networks:
                 if options.runtime == "torch":
                     made = torch_networks(recipe, folder, device, precision)
                 else:
-                    made = built_networks(recipe, self._settings, options.runtime, device, precision)
+                    made = built_networks(
+                        recipe, self._settings, options.runtime, device, precision
+                    )
                 if recipe.generated is None:
                     self_test(made)
                 self._networks[key] = made
@@ -873,6 +907,8 @@ class MuseTalk:
         self, source: Path, target: Path, options: dict[str, Any], progress: Progress
     ) -> Avatar:
         chosen, recipe = read_options(options)
+        if source.name == UPSTREAM:
+            return self._import(source, target, chosen, recipe, progress)
         networks = self.networks(chosen, recipe)
         clip = Clip(
             source,
@@ -919,9 +955,43 @@ class MuseTalk:
         avatar_options = chosen.model_dump(mode="json", exclude={"landmarks"})
         return Avatar(target, int(manifest["width"]), int(manifest["height"]), avatar_options)
 
-    def _landmarker(
-        self, options: Options, recipe: Recipe, clip: Clip
-    ) -> tuple[Landmarker, str]:
+    def _import(
+        self, source: Path, target: Path, options: Options, recipe: Recipe, progress: Progress
+    ) -> Avatar:
+        """An avatar that MuseTalk's own script prepared: `source` is the JSON in its folder."""
+        folder = source.parent
+
+        def latents(path: Path) -> list[Float32]:
+            try:
+                import torch
+            except ImportError:
+                raise missing("torch", "musetalk") from None
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                return [one.float().numpy().reshape(8, *one.shape[-2:]) for one in found]
+            except pickle.UnpicklingError:
+                raise AvatarError("latents.pt is refused: it wants to run code") from None
+            except (
+                RuntimeError,
+                ValueError,
+                OSError,
+                AttributeError,
+                TypeError,
+                EOFError,
+            ) as error:
+                text = str(error).splitlines()[0]
+                raise AvatarError(f"latents.pt is refused or damaged: {text}") from None
+
+        names = [folder / name for name in ("coords.pkl", "mask_coords.pkl", "latents.pt")]
+        content = [file_digest(path) for path in names if path.is_file()]
+        about = {"engine": "musetalk", "version": VERSION, "source": folder.name}
+        manifest = import_loop(
+            folder, target, digest(VERSION, "imported", content), about, latents, progress
+        )
+        avatar_options = options.model_dump(mode="json", exclude={"landmarks"})
+        return Avatar(target, int(manifest["width"]), int(manifest["height"]), avatar_options)
+
+    def _landmarker(self, options: Options, recipe: Recipe, clip: Clip) -> tuple[Landmarker, str]:
         """The landmarker a persona asks for, and its name."""
         folder = models_folder(options, self._settings)
         how = options.landmarker
@@ -980,7 +1050,12 @@ class MuseTalk:
     def open(self, avatar: Avatar) -> MuseTalkSession:
         options, recipe = read_options(avatar.options)
         networks = self.networks(options, recipe)
-        return MuseTalkSession(options, networks, Loop(avatar.path))
+        session = MuseTalkSession(options, networks, Loop(avatar.path))
+        if networks.built and session.reach > BUILT_ROWS:
+            raise ConfigError(
+                "engine_options: offline hearing, or so large a step, needs runtime: torch"
+            )
+        return session
 
     def render(self, jobs: Sequence[Job]) -> list[UInt8]:
         shots: list[Shot] = [job.data for job in jobs]
@@ -1125,4 +1200,3 @@ def _anchors() -> Float32:
         centre = np.stack([(x + 0.5) / cells, (y + 0.5) / cells], -1).reshape(-1, 2)
         out.append(np.repeat(centre, each, 0))
     return np.concatenate(out).astype(np.float32)
-
