@@ -119,7 +119,7 @@ class TorchRuntime:
         import torch
 
         # what is mapped from disk can't be written, and torch wants to be able to
-        host = [torch.from_numpy(np.require(feeds[name], None, "CW")) for name in self.inputs]
+        host = [torch.from_numpy(np.require(feeds[name], None, ["C", "W"])) for name in self.inputs]
         with torch.inference_mode():
             if self._capture:
                 out = self._replay(host)
