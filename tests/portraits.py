@@ -52,7 +52,7 @@ def painting() -> Picture:
     steps = np.asarray(np.rint(small / 12.0) * 12, np.uint8)
     rng = np.random.default_rng(3)
     canvas = cv2.GaussianBlur(rng.normal(0, 14, picture.shape[:2]), (0, 0), 1.2)[..., None]
-    return np.clip(steps + canvas, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(steps + canvas, 0, 255), np.uint8)
 
 
 def pencil() -> Picture:
@@ -112,7 +112,7 @@ def bearded() -> Picture:
         )
     bridge = [round(v) for v in nose["bridge"]]
     cv2.line(out, (bridge[0] - 16, bridge[1]), (bridge[0] + 16, bridge[1]), (30, 26, 24), 5)
-    return out
+    return np.asarray(out, np.uint8)
 
 
 def crowd() -> Picture:
