@@ -15,6 +15,7 @@ import json
 import logging
 import mmap
 import os
+import signal
 import socket
 import struct
 import sys
@@ -707,8 +708,9 @@ class EncoderProcess:
         self.reason = self.reason or reason
         if self._child is not None:
             if self._child.returncode is None:
+                # Not `self._child.kill()`: it polls, and takes the exit from asyncio's hands.
                 with contextlib.suppress(ProcessLookupError):
-                    self._child.kill()
+                    os.kill(self._child.pid, signal.SIGKILL)
             await self._child.wait()
         for task in (self._reading, self._hearing):
             if task is not None:

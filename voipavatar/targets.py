@@ -63,6 +63,9 @@ while and says that the name is taken)."""
 SHORT_LIFE, SHORT_LIVES = 3.0, 6
 """A new target that is taken and dropped within so many seconds, so many times, has a bad key."""
 
+STEADY = 1.0
+"""Seconds live after which the next break is a new one, met with the shortest wait."""
+
 PROOF = 0.3
 """Seconds that a connection must last before it counts as live."""
 
@@ -644,9 +647,10 @@ class Target:
         """
         first = not self._ever_moved
         self._ever_moved = self._ever_moved or moved
+        if moved and lived is not None and lived >= STEADY:
+            self._backoff.reset()
         if moved and lived is not None and lived >= SHORT_LIFE:
             self._ever_live, self._short_lives = True, 0
-            self._backoff.reset()
         elif lived is not None and not self._ever_live:
             self._short_lives += 1
         if not error.retryable and (not self._ever_live or outage > REFUSED_LIMIT):
