@@ -21,6 +21,7 @@ dev:  ## .venv with what the tests and checks need too
 
 test: dev  ## all tests, on real servers and a real browser; ARGS="-k stage" runs some
 	@sh tools/need chromium:chromium,fonts-liberation ffmpeg:ffmpeg
+	@$(PY) -m voipavatar fetch
 	$(PY) -m pytest $(ARGS)
 
 check: dev  ## style and types

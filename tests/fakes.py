@@ -45,7 +45,7 @@ class FakeUtterance:
         self.rate = 0
         self.began: float | None = None
         self.complete = asyncio.Event()
-        self.cancelled = asyncio.Event()
+        self.cancelled: asyncio.Future[None] = loop.create_future()
         self.error: str | None = None
         self.started: asyncio.Future[float | None] = loop.create_future()
         self.finished: asyncio.Future[Played] = loop.create_future()
@@ -60,7 +60,8 @@ class FakeUtterance:
         self.complete.set()
 
     def cancel(self) -> None:
-        self.cancelled.set()
+        if not self.cancelled.done():
+            self.cancelled.set_result(None)
         self.complete.set()
 
     async def room(self, seconds: float = 15.0) -> None:
@@ -229,25 +230,22 @@ class FakeSession:
         turn.started.set_result(time.time())
         self._tell("started", utterance=turn.id, text=" ".join(turn.words))
         for index, word in enumerate(turn.words):
-            if turn.cancelled.is_set():
+            if turn.cancelled.done():
                 break
             start = index * self.word
             self._tell("caption", utterance=turn.id, text=word, start=start, end=start + self.word)
             await self._pause(turn, self.word)
-        while not turn.cancelled.is_set():
+        while not turn.cancelled.done():
             left = turn.length - (time.monotonic() - began)
             if left <= 0 and turn.complete.is_set():
                 break
             await self._pause(turn, min(0.05, max(left, 0.01)))
         heard = min(time.monotonic() - began, turn.length)
         self._move("transitioning")
-        self._finish(turn, heard, turn.cancelled.is_set())
+        self._finish(turn, heard, turn.cancelled.done())
 
     async def _pause(self, turn: FakeUtterance, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(turn.cancelled.wait(), seconds)
-        except asyncio.TimeoutError:
-            pass
+        await asyncio.wait([turn.cancelled], timeout=seconds)
 
     def _finish(self, turn: FakeUtterance, heard: float, interrupted: bool) -> None:
         turn.finished.set_result(Played(heard=heard, interrupted=interrupted))

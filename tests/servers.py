@@ -16,6 +16,16 @@ import pytest
 
 from voipavatar import livekit_server
 
+CHROMIUM_FLAGS = (
+    "--no-sandbox",  # CI runs as root
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+"""So that it starts anywhere, and asks nothing of the network."""
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 
 _kept: list[Callable[[], int | None]] = []

@@ -214,6 +214,42 @@ def test_doctor_asks_the_server_that_is_named(livekit: LiveKitServer, ports: ser
         assert livekit.api_secret not in json.dumps(found)
 
 
+# --- render and bench -----------------------------------------------------------------------------
+
+
+def test_render_writes_a_clip_that_plays(tmp_path: Path) -> None:
+    import av
+
+    out = tmp_path / "clip.mp4"
+    args = ("--persona", "clapper", "--voice", "espeak", "--text", "-", "--out", str(out))
+    done = run("render", *args, stdin="One, two, three.")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{out} (")
+    with av.open(str(out)) as clip:
+        assert clip.streams.video[0].codec_context.name == "h264"
+        assert clip.streams.audio[0].codec_context.name == "aac"
+        pictures = sum(1 for _ in clip.decode(video=0))
+    seconds = float(done.stdout.rsplit("(", 1)[1].split()[0])
+    assert pictures == pytest.approx(seconds * 25, abs=2) and seconds > 1
+    again = run("render", "--persona", "clapper", "--audio", str(out), "--out", str(out) + ".mp4")
+    assert again.returncode == 0, again.stderr  # any sound that can be read, a clip's too
+
+
+def test_render_of_what_is_no_sound_is_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "clip.mp4"
+    done = run("render", "--persona", "clapper", "--audio", "README.md", "--out", str(out))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_tells_numbers_as_json() -> None:
+    done = run("bench", "engine", "--persona", "clapper", "--seconds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert any(isinstance(value, float) and value > 0 for value in found.values()), found
+
+
 STUBBORN = """
 import asyncio
 from voipavatar import cli

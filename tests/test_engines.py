@@ -82,7 +82,7 @@ class TestViseme(EngineContract):
             options=options,
             folder=folder,
             still={"motion": 0},
-            settle=50,
+            settle=70,
             bad_sources={
                 "missing": (folder / "nowhere.png", options),
                 "folder": (folder, options),

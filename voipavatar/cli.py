@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .config import Settings, VoiceChoice, list_personas, load_persona, persona_schema
+from .config import Persona, Settings, VoiceChoice, list_personas, load_persona, persona_schema
 from .errors import ConfigError, VoipAvatarError
 from .version import __version__
 
@@ -262,7 +263,7 @@ def render(
 
 
 async def _render(
-    persona: Any,
+    persona: Persona,
     out: Path,
     text: str | None,
     audio: Path | None,
@@ -279,21 +280,27 @@ async def _render(
         TextColumn("{task.completed:.1f} of {task.total:.1f} s"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_err, transient=True) as bar:
+    off = not _err.is_terminal  # it would leave an empty line in a log
+    with Progress(*columns, console=_err, transient=True, disable=off) as bar:
         task = bar.add_task("rendering", total=1.0)
 
         def progress(made: float, known: float) -> None:
             bar.update(task, completed=made, total=max(known, made))
 
-        return await render_clip(
-            persona,
-            out,
-            text=text,
-            audio=audio,
-            voice=voices,
-            settings=settings,
-            progress=progress,
-        )
+        # Beside the target until it's whole: a failure leaves what was there before.
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".rendering-") as folder:
+            made_here = Path(folder) / out.name
+            length = await render_clip(
+                persona,
+                made_here,
+                text=text,
+                audio=audio,
+                voice=voices,
+                settings=settings,
+                progress=progress,
+            )
+            os.replace(made_here, out)
+            return length
 
 
 # --- personas, doctor, bench ----------------------------------------------------------------------
@@ -368,6 +375,30 @@ def doctor(settings: Settings, as_json: bool) -> int:
             table.add_row(marks[check.state], escape(check.name), f"{escape(check.detail)}{mend}")
         _out.print(table)
     return 0 if told["ok"] else 1
+
+
+@cli.command()
+@click.pass_obj
+def fetch(settings: Settings) -> int:
+    """Get now what demo and tests would get at first use.
+
+    A livekit-server, unless LIVEKIT_URL names one, and the page's files. The first time it may
+    take minutes (a build); then everything works without a network.
+    """
+
+    async def fetching() -> None:
+        from .livekit_server import obtain
+
+        with _steps() as tell:
+            if not settings.livekit_url:
+                await obtain(
+                    settings.cache_dir,
+                    lambda message, elapsed: tell(f"{message} ({elapsed:.0f} s)"),
+                )
+            await _page_files(settings, tell)
+
+    _run(fetching())
+    return 0
 
 
 @cli.group()

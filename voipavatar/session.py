@@ -180,6 +180,7 @@ class Session:
         self._voices = voices
         self._run: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._warm: asyncio.Task[None] | None = None
         self._texts: dict[int, tuple[Utterance, str, tuple[VoiceChoice, ...]]] = {}
         self._fillers: dict[int, asyncio.Task[None]] = {}
         self._utterances: dict[int, Utterance] = {}
@@ -329,6 +330,20 @@ class Session:
             "failure": self.failure,
         }
 
+    def add_sink(self, make: SinkFactory) -> Sink:
+        """Another output, from the next frame on. Closed with the session, or by `remove_sink`."""
+        if self._draining:
+            raise StageError("the session is closing: open a new one")
+        sink = make(self.stage.engine.spec)
+        self.stage.sinks.append(sink)
+        return sink
+
+    async def remove_sink(self, sink: Sink) -> None:
+        """Take an output off and close it. Of one that is not there, nothing happens."""
+        if sink in self.stage.sinks:
+            self.stage.sinks.remove(sink)
+            await sink.aclose()
+
     def emit(self, kind: str, **fields: Any) -> None:
         """Tell every subscriber; None fields are left out."""
         event: Event = {"type": kind, "session": self.id, "at": time.time()}
@@ -363,6 +378,7 @@ class Session:
     def start(self) -> None:
         """Put the stage on air. Called by the studio."""
         self._run = asyncio.create_task(self.stage.run(), name=f"stage-{self.id}")
+        self._warm = asyncio.create_task(self._warming(), name=f"warm-{self.id}")
         self._watch = asyncio.create_task(self._watching(self._run), name=f"watch-{self.id}")
 
     async def aclose(self, drain: float = 0.0) -> None:
@@ -377,7 +393,8 @@ class Session:
         if waiting and drain > 0:
             await asyncio.wait(waiting, timeout=drain)
         self.stage.close()
-        tasks = [task for task in (self._watch, self._run, *self._fillers.values()) if task]
+        own = (self._watch, self._warm, self._run, *self._fillers.values())
+        tasks = [task for task in own if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -390,6 +407,13 @@ class Session:
         self._studio.forget(self)
         self.emit("closed", error=self.failure)
         self.closed.set()
+
+    async def _warming(self) -> None:
+        """Load the voice now, so that the first sentence needn't wait for it."""
+        try:
+            await self._studio.voice(self._voices)
+        except Exception as error:  # whoever speaks first is told; sound needs no voice
+            logger.warning("the voice is not there", extra={"error": type(error).__name__})
 
     async def _watching(self, run: asyncio.Task[None]) -> None:
         """A stage that fails is told, never silently gone."""
@@ -457,7 +481,7 @@ class Studio:
         self.settings = settings or Settings.from_env()
         self.sessions: dict[str, Session] = {}
         self._renderers: dict[str, Renderer] = {}
-        self._voices: dict[str, tts.TTS[Any]] = {}
+        self._voices: dict[str, asyncio.Task[tts.TTS[Any]]] = {}
         self._rented: dict[str, Renderer] = {}
         self._lock = asyncio.Lock()
         self._preparing: dict[str, asyncio.Lock] = {}
@@ -584,14 +608,21 @@ class Studio:
             return await renderer.prepare(source, target, options, progress or _quiet)
 
     async def voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
-        """The voice of these choices, loaded once."""
+        """The voice of these choices, loaded once. ConfigError when none of them is there."""
+        key = json.dumps([choice.model_dump() for choice in choices], sort_keys=True)
+        task = self._voices.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = asyncio.create_task(self._make_voice(choices), name="studio-voice")
+            self._voices[key] = task
+        # Whoever asked may leave; the voice is made all the same, and closed with the studio.
+        return await asyncio.shield(task)
+
+    async def _make_voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
         from .speech import make_voice
 
-        key = json.dumps([choice.model_dump() for choice in choices], sort_keys=True)
-        if key not in self._voices:
-            made = await asyncio.to_thread(make_voice, choices, self.settings)
-            self._voices.setdefault(key, made)
-        return self._voices[key]
+        voice = await asyncio.to_thread(make_voice, choices, self.settings)
+        voice.prewarm()
+        return voice
 
     def forget(self, session: Session) -> None:
         """Called by a session that closed."""
@@ -621,8 +652,9 @@ class Studio:
         self._closed = True
         await asyncio.gather(*(one.aclose(drain) for one in list(self.sessions.values())))
         voices, self._voices = self._voices, {}
-        for voice in voices.values():
-            await voice.aclose()
+        for made in await asyncio.gather(*voices.values(), return_exceptions=True):
+            if not isinstance(made, BaseException):  # those were told to who asked for them
+                await made.aclose()
         renderers, self._renderers = self._renderers, {}
         for renderer in renderers.values():
             await renderer.aclose()
@@ -705,8 +737,8 @@ async def render(
         if played.heard == 0:
             raise InputError("no clip was made: there is nothing to say in it")
         await until(stage.index + round(tail * fps))
-        length = stage.index / fps
         await session.aclose()
+        length = stage.index / fps
         if session.failure is not None:
             raise VoipAvatarError(session.failure)
         if progress is not None:

@@ -361,7 +361,9 @@ class Renderer:
             picture.settle(error=closed)
         self._jobs.clear()
         while self._calls:
-            self._calls.popleft()[1].set_exception(closed)
+            future = self._calls.popleft()[1]
+            if future.set_running_or_notify_cancel():
+                future.set_exception(closed)
         engine, self._engine = self._engine, None
         if engine is not None:
             try:

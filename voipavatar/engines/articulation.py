@@ -22,6 +22,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+import zipfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,11 +37,11 @@ from ..media import ENGINE_RATE, Cue, Float32, check_fps, frames_for, slice_star
 Float64 = npt.NDArray[np.float64]
 
 PARAMETERS = ("jaw", "width", "round", "press", "tuck", "teeth", "tongue", "level")
-"""The columns of a row, each 0 to 1: jaw opening, corners apart, lips rounded, lips pressed together,
-lower lip under the upper teeth, teeth shown, tongue raised, loudness of the speech."""
+"""The columns of a row, each 0 to 1: jaw opening, corners apart, lips rounded, lips pressed
+together, lower lip under the upper teeth, teeth shown, tongue raised, loudness of the speech."""
 
 CLASSES = ("sil", "PP", "FF", "TH", "DD", "kk", "CH", "SS", "RR", "aa", "E", "I", "O", "U", "ax")
-"""Mouth classes: the usual visemes without `nn`, which looks like `DD`, and with a neutral vowel."""
+"""Mouth classes: the usual visemes without `nn`, which looks like `DD`, and a neutral vowel."""
 
 WEIGHTS = Path(__file__).with_name("articulation.npz")
 """The weights that come with the package."""
@@ -155,7 +156,7 @@ def _tables() -> tuple[Float64, Float64]:
     firmness = np.zeros_like(targets)
     for i, name in enumerate(CLASSES):
         for j, parameter in enumerate(names):
-            # A consonant leaves the vowels' lip shape alone; closures and tongue end with the sound.
+            # A consonant leaves the vowels' lip shape alone; closures end with their sound.
             loose = parameter in ("width", "round") and name not in _VOWELS
             targets[i, j], firmness[i, j] = _WANTS[name].get(
                 parameter, (0.0, 0.1 if loose else 0.5)
@@ -168,38 +169,49 @@ _ASKED = np.ascontiguousarray((_TARGETS * _FIRMNESS).T)  # (7, classes)
 _WEIGHT = np.ascontiguousarray(_FIRMNESS.T)
 
 JAW: dict[str, float] = {name: float(_TARGETS[i, 0]) for i, name in enumerate(CLASSES)}
-"""Jaw opening that each class asks for: the reference that a drawn mouth's opening is held against."""
+"""Jaw opening that each class asks for: what a drawn mouth's opening can be held against."""
 
 _SIL = CLASSES.index("sil")
-_HOLD = 0.35  # how much the last target counts against a new one
+# How much the last target counts against a new one, by parameter: little for closures.
+_HOLD = np.array([0.35, 0.35, 0.35, 0.08, 0.08, 0.25, 0.25])
 _RISE = 2 * math.pi * np.array([8.0, 9.0, 9.0, 14.0, 14.0, 10.0, 10.0])  # rad/s, by parameter
-_FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 12.0, 12.0, 10.0, 10.0])
+_FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 16.0, 14.0, 10.0, 10.0])
 _STEP = HOP / ENGINE_RATE
 _QUIET = 12  # steps of silence after which the mouth goes to rest
 _SNAP = 2e-3  # below this a resting parameter is 0
 _CUE_WEIGHT = 0.8
 _CUE_FADE = 0.04  # s
+_CLOSURE = 0.06  # s that lips and teeth take to be seen closing, however short the sound
 
 # --- features -------------------------------------------------------------------------------------
 
-_FLOOR = 1e-4  # of the peak: what lies 40 dB below it doesn't count
-_PEAK_START = 0.1  # mean mel power of soft speech (RMS about 0.01)
-_PEAK_LEAST = 2e-3
+_FLOOR = 1e-3  # of a band's mean in speech: what lies 30 dB below it doesn't count
+_HUSH = 1e-4  # of the peak: the same for loudness
+_EMPHASIS = 0.97  # speech falls with frequency; the bands are taken from its first difference
+_PEAK_START = 0.25  # the loudness of soft speech
+_PEAK_LEAST = 4e-3
+_SILENT = 5e-4  # what is softer is silence, whatever the peak: noise at -55 dBFS
 _VOICED = 0.018  # of the peak: -17 dB
 _DECAY_VOICED = math.exp(-0.008)
 _DECAY_QUIET = math.exp(-0.001)
-_MEAN_PRIOR = 60.0  # steps that the training's mean spectrum counts for
-_MEAN_SPAN = 250.0  # steps that the voice's own mean is taken over
+_MEAN_PRIOR = 300.0  # steps that the training's mean spectrum counts for
+_MEAN_SPAN = 300.0  # steps that the voice's own mean is taken over
 
 
 def _mel_filters() -> Float32:
-    """Triangles from 60 to 7600 Hz on the mel scale of O'Shaughnessy, (BANDS, FFT / 2 + 1)."""
+    """Triangles from 60 to 7600 Hz on the mel scale of O'Shaughnessy, (BANDS + 1, FFT / 2 + 1).
+
+    The last row is loudness: the mean power from 100 to 4000 Hz, without emphasis.
+    """
     low, high = (2595.0 * math.log10(1.0 + f / 700.0) for f in (60.0, 7600.0))
     edges = 700.0 * (10.0 ** (np.linspace(low, high, BANDS + 2) / 2595.0) - 1.0)
     bins = np.arange(_FFT // 2 + 1) * (ENGINE_RATE / _FFT)
     up = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     down = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     filters = np.maximum(0.0, np.minimum(up, down))
+    filters *= 1.0 + _EMPHASIS**2 - 2.0 * _EMPHASIS * np.cos(2.0 * math.pi * bins / ENGINE_RATE)
+    loud = (bins >= 100.0) & (bins <= 4000.0)
+    filters = np.vstack((filters, loud / loud.sum()))
     return np.ascontiguousarray(filters, np.float32)
 
 
@@ -208,7 +220,7 @@ _HANN = np.hanning(_WINDOW + 1)[:_WINDOW].astype(np.float32)
 
 
 def mel_power(windows: Float32) -> Float32:
-    """Mel band powers, (n, BANDS), of windows of 400 samples, (n, 400)."""
+    """Mel band powers and loudness, (n, BANDS + 1), of windows of 400 samples, (n, 400)."""
     spectrum = np.fft.rfft(windows * _HANN, _FFT)
     power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
     return np.asarray(power @ _MEL.T, np.float32)
@@ -219,27 +231,34 @@ class Normaliser:
 
     def __init__(self, mean: Float32, scale: Float32) -> None:
         """`mean` and `scale`: the training's voiced log spectrum below its peak, (BANDS,) each."""
-        self._mean = mean
+        self._whiten = np.exp(-mean).astype(np.float32)
         self._inverse = (1.0 / scale).astype(np.float32)
         self._peak = _PEAK_START
         self._offset = np.zeros(BANDS, np.float32)
         self._voiced = 0.0
-        self.loudness = math.log(_FLOOR)
-        """Log power of the last step below the peak."""
+        self.loudness = math.log(_HUSH)
+        """Log power of the last step below the peak; `log(_HUSH)` in silence."""
 
     def step(self, power: Float32, out: Float32) -> None:
-        """One step's mel powers, (BANDS,), to its features, (BANDS + 1,), written to `out`."""
-        total = float(power.sum()) / BANDS
-        decay = _DECAY_VOICED if total > _VOICED * self._peak else _DECAY_QUIET
-        self._peak = max(total, self._peak * decay, _PEAK_LEAST)
-        relative = np.log(power * np.float32(1.0 / self._peak) + np.float32(_FLOOR)) - self._mean
-        if total > _VOICED * self._peak:
+        """One step of `mel_power` to its features, both (BANDS + 1,), written to `out`."""
+        total = float(power[BANDS])
+        voiced = total > _VOICED * self._peak
+        self._peak = max(
+            total, self._peak * (_DECAY_VOICED if voiced else _DECAY_QUIET), _PEAK_LEAST
+        )
+        relative = power[:BANDS] * self._whiten
+        relative *= np.float32(1.0 / self._peak)
+        relative += np.float32(_FLOOR)
+        np.log(relative, out=relative)
+        if voiced:
             self._voiced = min(self._voiced + 1.0, _MEAN_SPAN)
-            rate = np.float32(1.0 / (self._voiced + _MEAN_PRIOR))
-            self._offset += rate * (relative - self._offset)
-        self.loudness = math.log(total / self._peak + _FLOOR)
+            self._offset += np.float32(1.0 / (self._voiced + _MEAN_PRIOR)) * (
+                relative - self._offset
+            )
         np.multiply(relative - self._offset, self._inverse, out=out[:BANDS])
-        out[BANDS] = (self.loudness + 3.0) / 3.0
+        loudness = math.log(total / self._peak + _HUSH)
+        out[BANDS] = (loudness + 3.0) / 3.0
+        self.loudness = loudness if total > _SILENT else math.log(_HUSH)
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -263,9 +282,10 @@ def load_weights(path: Path | None = None) -> Weights:
     path = path or WEIGHTS
     again = "install voipavatar again, or make it with tools/train_articulation.py"
     try:
-        with np.load(path, allow_pickle=False) as data:
+        # Opened here: numpy leaves a file open that turns out to be damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             arrays = {name: np.ascontiguousarray(data[name], np.float32) for name in data.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EngineError(f"{path.name} can't be read ({error}): {again}") from error
     inputs = (BANDS + 1) * len(OFFSETS)
     layers = []
@@ -303,7 +323,7 @@ class _Listener:
         Normaliser(self._weights.mean, self._weights.scale).step(self._power, quiet)
         self._quiet = quiet
         self._features: deque[Float32] = deque(maxlen=_PAST + max(OFFSETS) + 1)
-        self._features.extend([quiet] * (_PAST))
+        self._features.extend([quiet] * _PAST)
         self._loudness: deque[float] = deque(maxlen=max(OFFSETS) + 1)
 
     def step(self, window: Float32) -> tuple[Float32, float] | None:
@@ -363,9 +383,12 @@ class _Mouth:
         self._silent = _QUIET
         self._gate = 0.0
 
-    def step(self, probability: Float64, loudness: float) -> Float64:
-        """Where the seven parameters are after this step, given what they should move to."""
-        silent = probability[_SIL] > 0.5 or loudness < -7.5
+    def step(self, probability: Float64, loudness: float, told: bool) -> Float64:
+        """Where the seven parameters are after this step, given what they should move to.
+
+        `told`: a cue says that something is spoken, be it as soft as a closure before its burst.
+        """
+        silent = probability[_SIL] > 0.5 or (loudness < -7.5 and not told)
         self._silent = self._silent + 1 if silent else 0
         gate = _smooth(loudness, -5.0, -0.6)
         self._gate += (0.6 if gate > self._gate else 0.25) * (gate - self._gate)
@@ -415,7 +438,7 @@ class Articulator:
     """
 
     def __init__(self, fps: int = 25, weights: Path | None = None) -> None:
-        """ConfigError for a frame rate outside 20 to 60, EngineError for weights that can't be read."""
+        """ConfigError for a rate outside 20 to 60, EngineError for weights that can't be read."""
         if not 20 <= check_fps(fps) <= 60:
             raise ConfigError(
                 f"fps {fps} can't be used: take one of 20, 24, 25, 30, 40, 48, 50, 60"
@@ -440,7 +463,7 @@ class Articulator:
         self._cues: list[tuple[float, float, int]] = []  # start, end, class; by start
 
     def cue(self, cues: Sequence[Cue]) -> None:
-        """Phonemes of this turn, known from its voice; they outweigh what is heard, but for loudness.
+        """Phonemes of this turn, from its voice; they outweigh what is heard, but for loudness.
 
         Before or after their sound, as long as it is before the row is made. Words and gestures
         are passed over.
@@ -451,7 +474,8 @@ class Articulator:
             start = cue.start
             for name, share in shape(cue.text):
                 end = start + share * (cue.end - cue.start)
-                bisect.insort(self._cues, (start, end, CLASSES.index(name)))
+                more = max(0.0, _CLOSURE - (end - start)) / 2 if name in ("PP", "FF") else 0.0
+                bisect.insort(self._cues, (start - more, end + more, CLASSES.index(name)))
                 start = end
 
     def push(self, pcm: Float32) -> Float32:
@@ -486,10 +510,10 @@ class Articulator:
     def _move(self, heard: tuple[Float32, float], rows: list[Float32]) -> None:
         """The posteriors of step `_heard`, which the mouth of step `_heard - _LEAD` moves to."""
         probability, loudness = heard
-        mixed = self._with_cues(probability, (self._heard + 0.5) * _STEP)
+        mixed, told = self._with_cues(probability, (self._heard + 0.5) * _STEP)
         self._heard += 1
         self._levels.append(_smooth(loudness, -5.0, -0.3) * float(1.0 - mixed[_SIL]))
-        place = self._mouth.step(mixed, loudness)
+        place = self._mouth.step(mixed, loudness, told)
         if self._heard <= _LEAD:
             return
         self._frame.append((place.copy(), self._levels[-1 - _LEAD]))
@@ -500,7 +524,8 @@ class Articulator:
             self._frame.clear()
             self._rows += 1
 
-    def _with_cues(self, probability: Float32, time: float) -> Float64:
+    def _with_cues(self, probability: Float32, time: float) -> tuple[Float64, bool]:
+        """Posteriors as the cues change them, and whether a cue says that something is spoken."""
         mixed = probability.astype(np.float64)
         half = _CUE_FADE / 2
         while self._cues and self._cues[0][1] + half < time:
@@ -515,4 +540,4 @@ class Articulator:
         if total > 0.0:
             share = _CUE_WEIGHT * min(1.0, total)
             mixed = (1.0 - share) * mixed + (share / total) * told
-        return mixed
+        return mixed, total - float(told[_SIL]) > 0.5

@@ -154,25 +154,76 @@ class Puppet:
             # A quarter grid becomes a half grid with two nodes around it, of which one is kept.
             shift = _resized(small, width // 2 + 4, height // 2 + 4, cv2.INTER_LINEAR)[1:-1, 1:-1]
             nodes = nodes - shift
-        lower = None
-        if talks:
-            row, column = self._mouth_at
-            _, _, mouth_w, mouth_h = self._mouth_box
-            part = (slice(row, row + mouth_h // 2), slice(column, column + mouth_w // 2))
-            field = _sum(self._mouth, weights).reshape(2, mouth_h // 2, mouth_w // 2, 2)
-            here = nodes[part]
-            if nodes is self._nodes:
-                nodes = nodes.copy()
-            lower = self._carried(field[1], here)
-            nodes[part] = self._carried(field[0], here)
-        luma, chroma = self._sample(nodes)
-        if lower is not None:
-            self._mouth_over(luma, chroma, lower, weights, shift)
+        if not talks:
+            luma, chroma = self._sample(nodes)
+        else:
+            luma, chroma = self._talking(nodes, shift, weights)
         plane, colours = planes(out)
         plane[y : y + height, x : x + width] = luma
         colours[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2] = chroma.transpose(
             2, 0, 1
         )
+
+    def _talking(
+        self, nodes: Float32, shift: Float32 | None, weights: Float32
+    ) -> tuple[UInt8, UInt8]:
+        """The region with the mouth in it: two layers, and the inner mouth where they part."""
+        x, y, width, height = self._mouth_box
+        anchors, upper, lower = self._lips(weights, shift)
+        line, soft = self._seam_line(upper, lower)
+        # Rows from `first` to `last` of the mouth's box hold both layers, a little more than need.
+        first = math.floor((line - soft / 2).min() - y) // 4 * 4 - 4
+        last = -(-math.ceil((line + soft / 2).max() - y) // 4) * 4 + 4
+        first = min(max(first, 0), height - 12)
+        last = min(max(last, first + 8), height - 4)
+        field = _sum(self._mouth, weights).reshape(2, height // 2, width // 2, 2)
+        row, column = self._mouth_at
+        part = nodes[row : row + height // 2, column : column + width // 2]
+        under = self._carried(field[1], part[first // 2 :])
+        over = self._carried(field[0], part[: last // 2])
+        # The band of both, with one node around it: those at its sides have no motion of a mouth.
+        above = row + first // 2 - 1
+        band = nodes[above : row + last // 2 + 1, column - 1 : column + width // 2 + 1].copy()
+        band[1:, 1:-1] = under[: (last - first) // 2 + 1]
+        if nodes is self._nodes:
+            nodes = nodes.copy()
+        part = nodes[row : row + height // 2, column : column + width // 2]
+        part[: last // 2 - 1] = over[:-1]
+        part[last // 2 - 1 :] = under[(last - first) // 2 - 1 :]
+        luma, chroma = self._sample(nodes)
+        low_luma, low_chroma = self._sample(band)
+        rows = self._rows[first:last]
+        share = np.clip((rows - line) / soft + np.float32(0.5), 0, 1)
+        dy, dx = y - self._region[1] + first, x - self._region[0]
+        _blend(luma[dy : dy + last - first, dx : dx + width], low_luma, share)
+        tones = chroma[dy // 2 : (dy + last - first) // 2, dx // 2 : (dx + width) // 2]
+        half = _resized(share, width // 2, (last - first) // 2, cv2.INTER_AREA)
+        _blend(tones, low_chroma, half[..., None])
+        self._inner_over(luma, chroma, anchors, upper, lower, weights)
+        return luma, chroma
+
+    def _lips(self, weights: Float32, shift: Float32 | None) -> tuple[Float32, Float64, Float64]:
+        """The mouth's frame (its origin, a point along it, a point below it), and both lips'
+        edges, from the left corner to the right."""
+        frame = self.rig.frame
+        down = self._down * self._unit
+        anchors = np.stack([frame[0], frame[0] + 0.2 * frame[1], frame[0] + 0.2 * down])
+        points = np.vstack([anchors, self._ring(weights)]).astype(np.float32)
+        if shift is not None:
+            points = self._carry_points(points, shift)
+        ring = points[3:].astype(np.float64)
+        return points[:3], curve(ring[0:11], 81), curve(ring[np.r_[0, 19:10:-1, 10]], 81)
+
+    def _seam_line(self, upper: Float64, lower: Float64) -> tuple[Float32, Float32]:
+        """Where, column by column, the upper layer gives way to the lower one, and how softly:
+        sharply between the corners of the mouth, ever more softly beyond them."""
+        seam = (upper + lower) / 2
+        left, right = seam[0], seam[-1]
+        slope = (right[1] - left[1]) / max(1.0, right[0] - left[0])
+        beyond = np.minimum(self._columns - left[0], 0) + np.maximum(self._columns - right[0], 0)
+        line = np.interp(self._columns, seam[:, 0], seam[:, 1]) + slope * beyond
+        soft = 1.5 + np.minimum(np.abs(beyond) * 0.9, 0.30 * self._unit)
+        return line.astype(np.float32), soft.astype(np.float32)
 
     def _carried(self, field: Float32, here: Float32) -> Float32:
         """Where the pixels now at `here` come from: the forward motion, inverted by iteration."""
@@ -191,54 +242,6 @@ class Puppet:
         full = _resized(nodes * np.float32(2.0), columns * 2, rows * 2, cv2.INTER_LINEAR)
         half = (nodes[1:-1, 1:-1] - np.float32(0.5)) * np.float32(0.5)
         return _at(self._luma, full[2:-2, 2:-2]), _at(self._chroma, half)
-
-    def _mouth_over(
-        self,
-        luma: UInt8,
-        chroma: UInt8,
-        nodes: Float32,
-        weights: Float32,
-        shift: Float32 | None,
-    ) -> None:
-        """The lower layer and the inner mouth, over the region that was drawn as upper layer."""
-        unit = self._unit
-        box_x, box_y, box_w, box_h = self._mouth_box
-        ring = self._ring(weights)
-        # The frame of the mouth: origin, a point along it, a point below it; then the lips.
-        frame = self.rig.frame
-        anchors = np.stack(
-            [frame[0], frame[0] + 0.2 * frame[1], frame[0] + 0.2 * self._down * unit]
-        )
-        points = np.vstack([anchors, ring]).astype(np.float32)
-        if shift is not None:
-            points = self._carry_points(points, shift)
-        anchors, ring = points[:3], points[3:]
-        upper = curve(ring[0:11].astype(np.float64), 81)
-        lower = curve(ring[np.r_[0, 19:10:-1, 10]].astype(np.float64), 81)
-
-        # Which layer: below the seam the lower one, sharply between the corners, softly beyond.
-        seam = (upper + lower) / 2
-        left, right = seam[0], seam[-1]
-        slope = (right[1] - left[1]) / max(1.0, right[0] - left[0])
-        line = np.interp(self._columns, seam[:, 0], seam[:, 1])
-        beyond = np.minimum(self._columns - left[0], 0) + np.maximum(self._columns - right[0], 0)
-        line = line + slope * beyond
-        soft = 1.5 + np.minimum(np.abs(beyond) * 0.9, 0.30 * unit)
-        first = int(np.floor((line - soft).min())) - box_y
-        first = min(max(0, first // 4 * 4), box_h - 4)
-        rows = self._rows[first:]
-        share = np.clip(
-            (rows - line.astype(np.float32)) / soft.astype(np.float32) + np.float32(0.5), 0, 1
-        )
-        padded = np.pad(nodes[first // 2 :], ((1, 1), (1, 1), (0, 0)), "edge")
-        low_luma, low_chroma = self._sample(padded)
-        dy, dx = box_y - self._region[1] + first, box_x - self._region[0]
-        view = luma[dy : dy + box_h - first, dx : dx + box_w]
-        _blend(view, low_luma, share)
-        tones = chroma[dy // 2 : (dy + box_h - first) // 2, dx // 2 : (dx + box_w) // 2]
-        half = _resized(share, box_w // 2, (box_h - first) // 2, cv2.INTER_AREA)
-        _blend(tones, low_chroma, half[..., None])
-        self._inner_over(luma, chroma, anchors, upper, lower, weights)
 
     def _carry_points(self, points: Float32, shift: Float32) -> Float32:
         """Where the head's motion takes points: the backward motion, inverted by iteration."""
@@ -331,10 +334,10 @@ class Puppet:
         light = light * (1 - 0.50 * np.abs(across) ** 3)
         wide = float(smoothstep(gap / (0.085 * unit)))
         light = light * min(1.0, 0.64 + 0.36 * wide + 0.3 * tucks) * (1 - 0.25 * rounds)
-        light = np.asarray(light, np.float32)
-        paint[..., 0] = (paint[..., 0] - 16) * light + 16
+        shade = np.asarray(light, np.float32)
+        paint[..., 0] = (paint[..., 0] - 16) * shade + 16
         # Shade takes colour with it, though less.
-        fade = (0.35 + 0.65 * light)[..., None]
+        fade = (0.35 + 0.65 * shade)[..., None]
         paint[..., 1:] = (paint[..., 1:] - 128) * fade + 128
 
         at_y, at_x = y0 - region_y, x0 - region_x
@@ -342,7 +345,7 @@ class Puppet:
         # Colour counts as much as the opening covers.
         small = _resized(alpha, width // 2, height // 2, cv2.INTER_AREA)
         tint = _resized(paint[..., 1:] * alpha[..., None], width // 2, height // 2, cv2.INTER_AREA)
-        tint = tint / np.maximum(small, 1e-3)[..., None]
+        tint = np.asarray(tint / np.maximum(small, 1e-3)[..., None], np.float32)
         down_y, down_x = at_y // 2, at_x // 2
         view = chroma[down_y : down_y + height // 2, down_x : down_x + width // 2]
         _blend(view, tint, small[..., None])

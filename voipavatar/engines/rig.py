@@ -428,7 +428,7 @@ def _lip_motion(x: float, half: float, *, lower: bool, outer: bool, thick: float
     corner = abs(t) ** 3
     out = dict.fromkeys(MOUTH, (0.0, 0.0))
     if lower:
-        shape = middle ** (0.9 if outer else 1.25)
+        shape = middle ** (0.8 if outer else 1.05)
         drop = JAW * (0.14 + 0.86 * shape) * (0.96 if outer else 1.0)
         out["jaw"] = (-0.036 * t, drop)
         out["width"] = (0.052 * t, -0.016 * corner - (0.010 * middle if outer else 0.0))
@@ -517,6 +517,7 @@ def _mouth_fields(
                 place(lower, np.array([side * reach, nose[2, 1]]), still)
         # The jaw turns about the ears: the nearer the chin, the further it drops.
         ear, chin = (jaw[0, 1] + jaw[-1, 1]) / 2, jaw[len(jaw) // 2, 1]
+        centre = np.array([jaw[len(jaw) // 2, 0], (ear + chin) / 2 - 0.1])
         for point in jaw:
             share = float(np.clip((point[1] - ear) / (chin - ear), 0, 1))
             value = np.zeros((len(MOUTH), 2))
@@ -524,19 +525,27 @@ def _mouth_fields(
             value[MOUTH.index("tuck")] = (0.0, -0.008 * share**3)
             value[MOUTH.index("press")] = (0.0, -0.008 * share**3)
             place(lower, point, value)
+            away = (point - centre) / np.linalg.norm(point - centre)
+            if abs(away[0]) > 0.45:
+                # Hair, collar and background beside the face stay.
+                place(lower, point + 0.13 * away, 0.22 * value)
+                place(lower, point + 0.26 * away, still)
+        for side in (-1.0, 1.0):
+            for x, y in ((0.62, 0.05), (0.62, 0.35), (0.95, 0.0), (0.95, 0.45)):
+                place(lower, np.array([centre[0] + side * x, chin + y]), still)
         # The throat folds up under the chin.
-        for x in (-0.3, 0.0, 0.3):
-            for reach, share in ((0.22, 0.36), (0.42, 0.10), (0.62, 0.0)):
+        for x in (-0.3, -0.15, 0.0, 0.15, 0.3):
+            for reach, share in ((0.17, 0.30), (0.31, 0.07), (0.46, 0.0)):
                 value = np.zeros((len(MOUTH), 2))
-                value[MOUTH.index("jaw")] = (0.0, JAW * share * (1.0 if x == 0 else 0.8))
+                value[MOUTH.index("jaw")] = (0.0, JAW * share * (1 - 1.6 * abs(x)))
                 place(lower, np.array([jaw[len(jaw) // 2, 0] + x, chin + reach]), value)
 
     low, high = marks.jaw.min(0), marks.jaw.max(0)
     box = _box(
-        low[0] - 0.06 * unit,
+        low[0] - 0.16 * unit,
         float(marks.nose[1, 1]) - 0.06 * unit,
-        high[0] + 0.06 * unit,
-        high[1] + 0.60 * unit,
+        high[0] + 0.16 * unit,
+        high[1] + 0.56 * unit,
         width,
         height,
     )
@@ -695,6 +704,13 @@ def _lids(
     across = np.broadcast_to(columns, above.shape)
     clean = _pull(clean, across, above)
     clean = cv2.GaussianBlur(clean, (0, 0), 0.03 * size, sigmaY=0.004 * size)
+    # Lashes: the darkest of the lid's own edge.
+    near = []
+    for shift in np.linspace(-0.012, 0.012, 7) * size:
+        row = np.clip(np.rint(upper + shift), 0, box_h * 2 - 1).astype(int)
+        near.append(source[row, np.arange(box_w * 2)])
+    strip = np.stack(near)[:, (place > 0.1) & (place < 0.9)].reshape(-1, 3)
+    lash = strip[np.argsort(strip.sum(-1))[: max(1, len(strip) // 12)]].mean(0).astype(np.float64)
     # How much darker lashes make what is above the lid's edge, by their height over it.
     long = 0.075 * size
     heights = np.arange(math.ceil(long) + 2, dtype=np.float64)[:, None]
@@ -705,8 +721,10 @@ def _lids(
         0,
     )
     fade = smoothstep((long - heights) / (0.3 * long)) * smoothstep((edge_at - brow_y) / 6)
-    lashes = lashes.mean(-1, keepdims=True).repeat(3, -1)
-    lashes = np.where(lashes > 10, lashes, 0) * fade[..., None]
+    # As a share of the lash's own colour.
+    contrast = max(40.0, float(np.median(clean.mean(-1))) - float(lash.mean()))
+    thick = lashes.mean(-1)
+    lashes = np.clip(np.where(thick > 10, thick, 0) * fade / contrast, 0, 0.95)
     # Where they stand, and the skin just above them.
     thin = np.maximum(clean - source, 0).max(-1) * (rows < upper + 1) * (rows > upper - 1.2 * long)
     stand = cv2.dilate((thin > 12).astype(np.float32), np.ones((5, 5), np.uint8))
@@ -715,14 +733,6 @@ def _lids(
     over = np.maximum(upper - 1.1 * long, np.minimum(brow_y + 8, foot))
     skin = _pull(clean, columns[None], over[None])
     skin = cv2.GaussianBlur(skin, (0, 0), 0.04 * size, borderType=cv2.BORDER_REPLICATE)
-    # Lashes: the darkest of the lid's own edge.
-    near = []
-    for shift in np.linspace(-0.012, 0.012, 7) * size:
-        row = np.clip(np.rint(upper + shift), 0, box_h * 2 - 1).astype(int)
-        near.append(source[row, np.arange(box_w * 2)])
-    strip = np.stack(near)[:, (place > 0.1) & (place < 0.9)].reshape(-1, 3)
-    lash = strip[np.argsort(strip.sum(-1))[: max(1, len(strip) // 12)]].mean(0).astype(np.float64)
-
     shut = upper + 0.86 * (lower - upper)
     arch = np.sin(np.pi * place.clip(0, 1)) ** 0.7
     lid_top = upper - (0.40 * (lower - upper) + 0.03 * size) * arch
@@ -768,9 +778,10 @@ def _lids(
         # And the lashes themselves, which turn from pointing up to pointing down.
         turned = 1 - 1.75 * close
         height = (edge_y - rows) / (turned if abs(turned) > 0.12 else math.copysign(0.12, turned))
-        dark = _pull(lashes, across, height.clip(-1, len(heights) - 1))
-        dark = dark * (smoothstep(height + 0.5) * swift)[..., None]
-        picture = np.maximum(picture - dark, np.minimum(picture, lash))
+        hairs = _pull(lashes, across, height.clip(-1, len(heights) - 1))
+        sides = smoothstep(np.minimum(place + 0.06, 1.06 - place) * 12)
+        hairs = (hairs * smoothstep(height + 0.5) * sides * swift)[..., None]
+        picture = picture * (1 - hairs) + lash * hairs
         picture = picture * (1 - amount) + lash * amount
         border = _window(
             grid_nodes((0, 0, box_w * 2, box_h * 2), 1), (0, 0, box_w * 2, box_h * 2), 8
@@ -885,7 +896,7 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
         for at in marks_at:
             for side in {at, -at}:
                 notch = np.maximum(notch, np.exp(-(((along - side) / 0.028) ** 2)))
-        tip = edge - sign * 0.0035 * notch
+        tip = edge - sign * 0.002 * notch
         inwards = sign * (tip - y)
         alpha = np.clip(inwards / soft + 0.5, 0, 1) * smoothstep((1 - np.abs(along)) / 0.20)
         depth = np.clip(1 - inwards / root, 0, 1)

@@ -30,11 +30,11 @@ import numpy as np
 
 from ..errors import AvatarError, ConfigError, EngineError
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
-from . import Avatar, EngineInfo, EngineSession, Job, Progress, Spec
+from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec
 from .puppet import Pose, Puppet
 from .rig import HEAD, Landmarks, Rig, build, parse_landmarks
 
-VERSION = 1
+VERSION = 2
 
 PARAMETERS = 8
 """Mouth parameters of a pose: `articulation.PARAMETERS`."""
@@ -317,7 +317,7 @@ class VisemeSession:
             lookahead=articulator.lookahead,
             ease=max(1, round(options.ease * options.fps)),
         )
-        self._follow = 1 - math.exp(-1 / (0.24 * options.fps))
+        self._follow = 1 - math.exp(-1 / (0.45 * options.fps))
         self._clock = 0
         # Mouth and slow loudness of the last jobs, by their clock.
         self._shown: OrderedDict[int, Float32] = OrderedDict()
@@ -397,7 +397,7 @@ class VisemeSession:
         state = np.empty(PARAMETERS + 1, np.float32)
         state[:PARAMETERS] = mouth
         nod = self._now[_NOD] + (mouth[_LEVEL] - self._now[_NOD]) * np.float32(self._follow)
-        state[_NOD] = nod if nod > 1e-3 else 0.0
+        state[_NOD] = nod if nod > 4e-3 else 0.0
         clock = self._clock
         self._now = state
         self._shown[clock] = state
@@ -408,8 +408,8 @@ class VisemeSession:
         if self._motion > 0:
             # Who speaks up, lifts chin and brows a little.
             loud = float(state[_NOD])
-            head[HEAD.index("pitch")] += 0.020 * math.sin(5.1 * loud) * loud
-            head[HEAD.index("brow")] += 0.45 * loud * loud
+            head[HEAD.index("pitch")] += 0.022 * math.sin(4.6 * loud) * loud
+            head[HEAD.index("brow")] += 0.5 * loud * loud
         pose = Pose(self._widened(mouth), head, self._life.blink(clock))
         return Job(self, clock, speech, pose)
 
@@ -672,3 +672,4 @@ def region(avatar: Avatar) -> tuple[int, int, int, int]:
 
 # Proved by mypy: the classes are what the contract asks for.
 _session: type[EngineSession] = VisemeSession
+_engine: type[Engine] = VisemeEngine

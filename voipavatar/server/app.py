@@ -42,6 +42,7 @@ WAIT_LIMIT = 900.0
 
 _PROBLEM: dict[int | str, dict[str, Any]] = {"4XX": {"model": models.Problem}}
 _BUSY: dict[int | str, dict[str, Any]] = {**_PROBLEM, 503: {"model": models.Problem}}
+_TEXT = {"type": "string"}
 _SOUND = {"schema": {"type": "string", "format": "binary"}}
 _SAY_BODY: dict[str, Any] = {
     "requestBody": {
@@ -184,8 +185,8 @@ class _Routes:
         get(
             "/sessions/{id}/events",
             tags=["sessions"],
-            response_class=EventStream,
-            responses=_PROBLEM,
+            response_class=Response,
+            responses={**_PROBLEM, 200: {"content": {"text/event-stream": {"schema": _TEXT}}}},
         )(self.events)
         post(
             "/sessions/{id}/say",

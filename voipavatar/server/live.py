@@ -135,7 +135,8 @@ class LiveSound:
                     self._closing.done()
                     or self._desk.find(self._entry.session.id) is not self._entry
                 ):
-                    await self._socket.close(1001, "the session is closed")
+                    with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # gone already
+                        await self._socket.close(1001, "the session is closed")
                     return
                 if not coming.done():
                     if time.monotonic() - last > STALL:

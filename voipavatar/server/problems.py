@@ -40,8 +40,8 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
     told = []
     for one in error.errors()[:5]:
         place = ".".join(str(part) for part in one["loc"] if part not in ("body", "query", "path"))
-        what = str(one["msg"])
-        told.append(f"{place}: {what[:1].lower()}{what[1:]}" if place else what)
+        what = str(one["msg"])[:1].lower() + str(one["msg"])[1:]
+        told.append(f"{place}: {what}" if place else what)
     return _problem(422, "; ".join(told))
 
 

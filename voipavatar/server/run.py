@@ -63,7 +63,9 @@ async def serve(
             if studio is None:
                 from ..session import Studio as OwnStudio  # the engines come with it
 
-                studio = await stack.enter_async_context(OwnStudio(settings))
+                own = OwnStudio(settings)
+                await stack.enter_async_context(own)
+                studio = own
             await _run(create_app(studio, settings, livekit), sock, on_ready, signals)
 
 
@@ -146,6 +148,7 @@ async def _run(
         server_header=False,
         ws_max_size=MAX_MESSAGE,
         ws_max_queue=8,
+        ws_per_message_deflate=False,  # sound gains nothing by it
         ws_ping_interval=20,
         timeout_graceful_shutdown=GRACE,
         lifespan="on",

@@ -11,36 +11,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chain import Chain
     from .edge import EdgeTTS
     from .espeak import EspeakTTS
     from .making import Available, make_voice, voices
     from .piper import PiperTTS
-    from .speaking import speak
+    from .speaking import Prepared, prefetch, speak
     from .system import Pyttsx3TTS
     from .voice import Chunk, Cued
 
 _WHERE = {
     "Available": "making",
+    "Chain": "chain",
     "Chunk": "voice",
     "Cued": "voice",
     "EdgeTTS": "edge",
     "EspeakTTS": "espeak",
     "PiperTTS": "piper",
     "Pyttsx3TTS": "system",
+    "Prepared": "speaking",
     "make_voice": "making",
+    "prefetch": "speaking",
     "speak": "speaking",
     "voices": "making",
 }
 
 __all__ = [
     "Available",
+    "Chain",
     "Chunk",
     "Cued",
     "EdgeTTS",
     "EspeakTTS",
     "PiperTTS",
+    "Prepared",
     "Pyttsx3TTS",
     "make_voice",
+    "prefetch",
     "speak",
     "voices",
 ]

@@ -21,12 +21,19 @@ from livekit.agents import (
 from livekit.agents.types import DEFAULT_API_CONNECT_OPTIONS, TimedString
 
 from ..errors import ConfigError
+from .voice import Missing
 
 MISSING = 'the voice "edge" needs: pip install "voipavatar[demo]"'
 
 _TICKS = 10_000_000  # the service counts in units of 100 ns
 _PERCENT = re.compile(r"[+-]\d{1,3}%")
 _HERTZ = re.compile(r"[+-]\d{1,3}Hz")
+
+
+def installed() -> None:
+    """Raises Missing when the package isn't there."""
+    if importlib.util.find_spec("edge_tts") is None:
+        raise Missing(MISSING)
 
 
 class EdgeTTS(tts.TTS[Any]):
@@ -51,8 +58,7 @@ class EdgeTTS(tts.TTS[Any]):
         proxy: str | None = None,
         endpoint: str | None = None,
     ) -> None:
-        if importlib.util.find_spec("edge_tts") is None:
-            raise ConfigError(MISSING)
+        installed()
         for name, value, form, like in (
             ("rate", rate, _PERCENT, "+10%"),
             ("volume", volume, _PERCENT, "-20%"),
@@ -91,13 +97,30 @@ class EdgeTTS(tts.TTS[Any]):
     def synthesize(
         self, text: str, *, conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS
     ) -> tts.ChunkedStream:
-        return _Stream(voice=self, text=text, conn_options=conn_options)
+        return _Stream(self, text, self._prosody, conn_options)
+
+    def synthesize_styled(
+        self, text: str, rate: float, pitch: float, *, conn_options: APIConnectOptions
+    ) -> tts.ChunkedStream:
+        """See `chain.Styled`: on top of the voice's own tempo and pitch."""
+        own = self._prosody
+        percent = (1 + int(own["rate"][:-1]) / 100) * rate * 100 - 100
+        hertz = int(own["pitch"][:-2]) + 160 * (pitch - 1)  # of a voice in the middle
+        prosody = {**own, "rate": f"{percent:+.0f}%", "pitch": f"{hertz:+.0f}Hz"}
+        return _Stream(self, text, prosody, conn_options)
 
 
 class _Stream(tts.ChunkedStream):
-    def __init__(self, *, voice: EdgeTTS, text: str, conn_options: APIConnectOptions) -> None:
+    def __init__(
+        self,
+        voice: EdgeTTS,
+        text: str,
+        prosody: dict[str, str],
+        conn_options: APIConnectOptions,
+    ) -> None:
         super().__init__(tts=voice, input_text=text, conn_options=conn_options)
         self._voice = voice
+        self._prosody = prosody
 
     async def _run(self, output_emitter: tts.AudioEmitter) -> None:
         import aiohttp
@@ -116,7 +139,7 @@ class _Stream(tts.ChunkedStream):
         request = edge_tts.Communicate(
             self._input_text,
             voice._voice,
-            **voice._prosody,
+            **self._prosody,
             boundary="WordBoundary",
             connector=_connector(voice._address),
             proxy=voice._proxy,

