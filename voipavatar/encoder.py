@@ -738,6 +738,9 @@ class EncoderProcess:
             self.reason = self.reason or "it ended" + (
                 f": {self._errors[-1]}" if self._errors else ""
             )
+        except Exception as error:  # a mistake of ours; the encoder is replaced
+            logger.exception("a packet could not be taken")
+            self.reason = self.reason or type(error).__name__
         finally:
             if self._opened is not None and not self._opened.done():
                 self._opened.set_exception(TransportError(f"the encoder failed: {self.reason}"))

@@ -604,6 +604,9 @@ class Target:
             await self._run()
         except TransportError as error:
             self._become(State.FAILED, str(error))
+        except Exception as error:  # a mistake of ours ends this target and no other
+            logger.exception("an output failed")
+            self._become(State.FAILED, f"an internal error ({type(error).__name__}); see the log")
         finally:
             if self._retiring is not None:
                 self._retiring.cancel()
