@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from voipavatar import faces
-from voipavatar.avatar import Loop, crop_box
+from voipavatar.avatar import Box, Loop, crop_box
 from voipavatar.errors import AvatarError, ConfigError
 from voipavatar.media import Float32, UInt8
 
@@ -280,12 +280,12 @@ def test_smoothing_takes_the_tremble_and_leaves_the_way() -> None:
     rng = np.random.default_rng(2)
     way = [(100 + 2 * i, 80 + i, 300 + 2 * i, 310 + i) for i in range(60)]
     shaken = [tuple(int(v + rng.integers(-3, 4)) for v in box) for box in way]
-    boxes: list[tuple[int, int, int, int] | None] = [(a, b, c, d) for a, b, c, d in shaken]
+    boxes: list[Box | None] = [(a, b, c, d) for a, b, c, d in shaken]
     boxes[30] = None
     calm = faces.smooth(boxes, 2.0)
     assert calm[30] is None
 
-    def tremble(all_: list[tuple[int, int, int, int] | None]) -> float:
+    def tremble(all_: list[Box | None]) -> float:
         rows = np.array([box for box in all_[:30] if box is not None], float)
         return float(np.abs(np.diff(rows, 2, axis=0)).mean())
 
@@ -370,9 +370,8 @@ def test_advice_names_what_will_show() -> None:
         return faces.Face(at.astype(np.float32))
 
     def told(*found: faces.Face | None) -> str:
-        return " ".join(
-            faces.advice(found, [faces.face_box(f.points) if f else None for f in found])
-        )
+        boxes = [None if f is None else faces.face_box(f.points) for f in found]
+        return " ".join(faces.advice(found, boxes))
 
     assert "too small" in told(one(0.3))
     assert "soft" in told(one(4.0))

@@ -252,7 +252,7 @@ def test_quiet_beginnings_are_not_made_loud() -> None:
     murmur = (1e-3 * rng.standard_normal(ENGINE_RATE)).astype(np.float32)
     own = listen(Hearing(offline=True, step=25), iter([murmur]))[10][0].hop.mel()
     ours = listen(Hearing(), iter([murmur]))[10][0].hop.mel()
-    assert float(ours.max()) == float(own.max())
+    assert float(ours.max()) == pytest.approx(float(own.max()), abs=0.01)
     assert float(ours.min()) == -1.0 and float(own.min()) < -1.4
 
 
