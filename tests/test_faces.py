@@ -234,23 +234,13 @@ def test_dwpose_says_when_there_is_nobody() -> None:
     assert faces.DwPose(net)(np.zeros((100, 100, 3), np.uint8)) is None
 
 
-def test_several_faces_are_chosen_by_point() -> None:
-    boxes = [((10, 10, 60, 60), 0.9), ((200, 20, 240, 60), 0.8)]
-    seen: list[npt.NDArray[Any]] = []
-
-    def mesh(feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        seen.append(feeds["input"])
-        return {"points": np.full((468, 3), 96, np.float32)}
-
-    picture = np.zeros((100, 300, 3), np.uint8)
-    largest = faces.Mesh(lambda _: list(boxes), mesh)(picture)
-    named = faces.Mesh(lambda _: list(boxes), mesh, at=(215, 40))(picture)
-    assert largest is not None and named is not None
-    assert np.allclose(largest.points, (35, 35)) and np.allclose(named.points, (220, 40))
-    assert largest.others == 1
-    box = faces.face_box(largest.points + np.arange(68)[:, None])
-    assert any("several faces" in one for one in faces.advice([largest], [box]))
-    assert faces.Mesh(lambda _: [], mesh)(picture) is None
+def test_the_mesh_is_taken_by_its_landmarks() -> None:
+    picture, marks = face(320, 240)
+    found = faces.Mesh(lambda _: (marks, 1))(picture)
+    assert found is not None and np.array_equal(found.points, faces.from_yaml(marks))
+    box = faces.face_box(found.points)
+    assert any("several faces" in one for one in faces.advice([found], [box]))
+    assert faces.Mesh(lambda _: None)(picture) is None
 
 
 # --- boxes and masks ------------------------------------------------------------------------------

@@ -381,3 +381,33 @@ def test_a_whole_frame_is_the_published_steps(kit: Kit) -> None:
     mask[patch.y : patch.y + h, patch.x : patch.x + w] = patch.mask
     want: UInt8 = pillow_way(shown, new, (x1, y1, x2, y2), mask, (0, 0, 320, 240))
     assert np.array_equal(kit.draw([job])[0], to_i420(np.ascontiguousarray(want)))
+
+
+def test_without_landmarks_somebody_must_find_the_face(kit: Kit, tmp_path: Path) -> None:
+    bare = {key: value for key, value in kit.options.items() if key != "landmarks"}
+    with pytest.raises(ConfigError, match="write landmarks"):
+        kit.engine.prepare(kit.source, tmp_path / "a", bare, lambda *_: None)
+    asked: list[tuple[float, float] | None] = []
+
+    def find(picture: UInt8, at: tuple[float, float] | None) -> tuple[dict[str, Any], int]:
+        asked.append(at)
+        scale = picture.shape[1] / 480
+        return scaled(kit.options["landmarks"], scale), 2
+
+    engine = MuseTalk(Settings(cache_dir=kit.folder / "cache"), device="cpu", finder=find)
+    avatar = engine.prepare(kit.source, tmp_path / "b", bare | {"face_at": (9, 9)}, lambda *_: None)
+    assert asked == [(9.0, 9.0)]
+    given = kit.engine.prepare(kit.source, tmp_path / "c", kit.options, lambda *_: None)
+    found, told = (np.load(one.path / "index.npy")[0, :4] for one in (avatar, given))
+    assert np.abs(found - told).max() <= 1
+    assert "several faces" in (avatar.path / "manifest.json").read_text()
+    engine.close()
+
+
+def scaled(value: Any, by: float) -> Any:
+    """Every number in a tree of lists and mappings times `by`."""
+    if isinstance(value, dict):
+        return {key: scaled(one, by) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scaled(one, by) for one in value]
+    return value * by

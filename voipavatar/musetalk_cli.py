@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from . import models as weights
+from .avatar import read_json
 from .config import Settings, load_persona
 from .errors import ConfigError
 
@@ -203,6 +204,34 @@ def build(
         click.echo(f"  {name}: differs from torch by {worst:.2g} of its range at most")
     if artefacts.data["plans"] and not artefacts.data.get("proofs"):
         click.echo("  no GPU here runs these plans: each is proved when it is first loaded")
+
+
+@click.command()
+@click.argument("persona")
+def prepare(persona: str) -> None:
+    """Prepare a persona's avatar for its engine. Done already: no work."""
+    import asyncio
+
+    from .engines import Avatar
+    from .session import Studio
+
+    settings = _settings()
+    who = load_persona(persona, settings)
+
+    async def go(told: Any) -> Avatar:
+        async with Studio(settings) as studio:
+            return await studio.prepare(who, told)
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("preparing", total=1.0)
+        avatar = asyncio.run(
+            go(lambda what, share: bar.update(task, description=what, completed=share))
+        )
+    click.echo(f"{who.name}: {avatar.width}x{avatar.height} in {avatar.path}")
+    for one in read_json(avatar.path / "manifest.json").get("advice", []):
+        click.echo(f"  {one}")
 
 
 @click.command()
