@@ -702,7 +702,9 @@ def built_folder(recipe: str, runtime: str, precision: str, settings: Settings) 
     return settings.cache_dir / "engines" / f"{recipe}-{runtime}-{precision}"
 
 
-def torch_networks(recipe: Recipe, folder: Path, device: str, precision: Precision) -> Networks:
+def torch_networks(
+    recipe: Recipe, folder: Path, device: str, precision: Precision, legacy: bool = False
+) -> Networks:
     """The recipe's checkpoints, in torch."""
     try:
         import torch  # noqa: F401
@@ -733,7 +735,7 @@ def torch_networks(recipe: Recipe, folder: Path, device: str, precision: Precisi
 
     return Networks(
         recipe=recipe,
-        hear=runtime(nets.Hear(files.whisper(dtype))),
+        hear=runtime(nets.Hear(files.whisper(dtype, legacy))),
         imagine=runtime(nets.Imagine(files.unet(dtype))),
         draw=runtime(nets.Draw(files.vae(dtype))),
         # latents are made once and shown for ever: always fp32
@@ -906,7 +908,9 @@ class MuseTalk:
         with self._lock:
             if key not in self._networks:
                 if options.runtime == "torch":
-                    made = torch_networks(recipe, folder, device, precision)
+                    made = torch_networks(recipe, folder, device, precision, options.legacy_audio)
+                elif options.legacy_audio:
+                    raise ConfigError("engine_options.legacy_audio: needs runtime: torch")
                 else:
                     made = built_networks(
                         recipe, self._settings, options.runtime, device, precision
