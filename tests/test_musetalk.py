@@ -311,6 +311,23 @@ def test_a_wrong_vae_is_noticed_before_it_is_seen(kit: Kit) -> None:
         self_test(engine.networks(*read_options(kit.options)))
 
 
+def test_a_stream_hears_nearly_what_a_file_does(kit: Kit) -> None:
+    """Only the future lacks: a little, and less the further ahead it hears."""
+    from voipavatar.musetalk_build import streaming_error
+
+    engine = kit.engine
+    assert isinstance(engine, MuseTalk)
+    options, recipe = read_options(kit.options)
+    networks = engine.networks(options, recipe)
+    errors = [
+        streaming_error(networks, options.model_copy(update={"right_ms": right}))
+        for right in (0, 200, 600)
+    ]
+    assert errors[0]["mean"] < 0.05 and errors[0]["max"] < 0.5
+    means = [one["mean"] for one in errors]
+    assert means == sorted(means, reverse=True)
+
+
 def test_options_are_checked_with_names() -> None:
     for wrong, word in (
         ({"recipe": "musetalk-v15", "shift": 4}, "shift"),
@@ -381,6 +398,30 @@ def test_a_whole_frame_is_the_published_steps(kit: Kit) -> None:
     mask[patch.y : patch.y + h, patch.x : patch.x + w] = patch.mask
     want: UInt8 = pillow_way(shown, new, (x1, y1, x2, y2), mask, (0, 0, 320, 240))
     assert np.array_equal(kit.draw([job])[0], to_i420(np.ascontiguousarray(want)))
+
+
+def test_the_bench_says_what_it_measured(kit: Kit) -> None:
+    from voipavatar.musetalk_build import bench, table
+
+    engine = kit.engine
+    assert isinstance(engine, MuseTalk)
+    report = bench(engine, kit.avatar, sessions=(1, 2), seconds=0.1, command="voipavatar bench x")
+    assert report["stage_ms"]["1"].keys() == {"hear", "imagine", "draw"}
+    assert report["sessions"].keys() == {"1", "2"}
+    assert 0 < report["share_of_matmul"] < 1 and report["gflop_a_frame"] > 0.1
+    text = table(report)
+    assert "voipavatar bench x" in text and "torch" in text and "| 1 |" in text
+
+
+def test_commands_import_lightly() -> None:
+    import subprocess
+    import sys
+
+    probe = "import sys, voipavatar.musetalk_cli; print({'torch', 'cv2'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == b"set()"
 
 
 def test_without_landmarks_somebody_must_find_the_face(kit: Kit, tmp_path: Path) -> None:
