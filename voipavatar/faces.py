@@ -320,7 +320,8 @@ class DwPose:
         """(68, 576) and (68, 768): how likely each half pixel is, across and down."""
         rgb = (bgr[..., ::-1].astype(np.float32) - self.MEAN) / self.STD
         out = self.run({"input": np.ascontiguousarray(rgb.transpose(2, 0, 1)[None])})
-        x, y = out["simcc_x"], out["simcc_y"]
+        # told apart by length, not by name: two bins a pixel, 576 across and 768 down
+        x, y = sorted(out.values(), key=lambda heat: int(heat.shape[-1]))
         return np.asarray(x[0, 23:91], np.float32), np.asarray(y[0, 23:91], np.float32)
 
 
