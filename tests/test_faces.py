@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from voipavatar import faces
-from voipavatar.avatar import Loop, crop_box
+from voipavatar.avatar import Box, Loop, crop_box
 from voipavatar.errors import AvatarError, ConfigError
 from voipavatar.media import Float32, UInt8
 
@@ -234,23 +234,13 @@ def test_dwpose_says_when_there_is_nobody() -> None:
     assert faces.DwPose(net)(np.zeros((100, 100, 3), np.uint8)) is None
 
 
-def test_several_faces_are_chosen_by_point() -> None:
-    boxes = [((10, 10, 60, 60), 0.9), ((200, 20, 240, 60), 0.8)]
-    seen: list[npt.NDArray[Any]] = []
-
-    def mesh(feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        seen.append(feeds["input"])
-        return {"points": np.full((468, 3), 96, np.float32)}
-
-    picture = np.zeros((100, 300, 3), np.uint8)
-    largest = faces.Mesh(lambda _: list(boxes), mesh)(picture)
-    named = faces.Mesh(lambda _: list(boxes), mesh, at=(215, 40))(picture)
-    assert largest is not None and named is not None
-    assert np.allclose(largest.points, (35, 35)) and np.allclose(named.points, (220, 40))
-    assert largest.others == 1
-    box = faces.face_box(largest.points + np.arange(68)[:, None])
-    assert any("several faces" in one for one in faces.advice([largest], [box]))
-    assert faces.Mesh(lambda _: [], mesh)(picture) is None
+def test_the_mesh_is_taken_by_its_landmarks() -> None:
+    picture, marks = face(320, 240)
+    found = faces.Mesh(lambda _: (marks, 1))(picture)
+    assert found is not None and np.array_equal(found.points, faces.from_yaml(marks))
+    box = faces.face_box(found.points)
+    assert any("several faces" in one for one in faces.advice([found], [box]))
+    assert faces.Mesh(lambda _: None)(picture) is None
 
 
 # --- boxes and masks ------------------------------------------------------------------------------
@@ -280,12 +270,12 @@ def test_smoothing_takes_the_tremble_and_leaves_the_way() -> None:
     rng = np.random.default_rng(2)
     way = [(100 + 2 * i, 80 + i, 300 + 2 * i, 310 + i) for i in range(60)]
     shaken = [tuple(int(v + rng.integers(-3, 4)) for v in box) for box in way]
-    boxes: list[tuple[int, int, int, int] | None] = [(a, b, c, d) for a, b, c, d in shaken]
+    boxes: list[Box | None] = [(a, b, c, d) for a, b, c, d in shaken]
     boxes[30] = None
     calm = faces.smooth(boxes, 2.0)
     assert calm[30] is None
 
-    def tremble(all_: list[tuple[int, int, int, int] | None]) -> float:
+    def tremble(all_: list[Box | None]) -> float:
         rows = np.array([box for box in all_[:30] if box is not None], float)
         return float(np.abs(np.diff(rows, 2, axis=0)).mean())
 
@@ -370,9 +360,8 @@ def test_advice_names_what_will_show() -> None:
         return faces.Face(at.astype(np.float32))
 
     def told(*found: faces.Face | None) -> str:
-        return " ".join(
-            faces.advice(found, [faces.face_box(f.points) if f else None for f in found])
-        )
+        boxes = [None if f is None else faces.face_box(f.points) for f in found]
+        return " ".join(faces.advice(found, boxes))
 
     assert "too small" in told(one(0.3))
     assert "soft" in told(one(4.0))

@@ -252,7 +252,7 @@ def test_quiet_beginnings_are_not_made_loud() -> None:
     murmur = (1e-3 * rng.standard_normal(ENGINE_RATE)).astype(np.float32)
     own = listen(Hearing(offline=True, step=25), iter([murmur]))[10][0].hop.mel()
     ours = listen(Hearing(), iter([murmur]))[10][0].hop.mel()
-    assert float(ours.max()) == float(own.max())
+    assert float(ours.max()) == pytest.approx(float(own.max()), abs=0.01)
     assert float(ours.min()) == -1.0 and float(own.min()) < -1.4
 
 
@@ -309,6 +309,23 @@ def test_a_wrong_vae_is_noticed_before_it_is_seen(kit: Kit) -> None:
     assert isinstance(engine, MuseTalk)
     with pytest.raises(EngineError, match="sd-vae-ft-mse"):
         self_test(engine.networks(*read_options(kit.options)))
+
+
+def test_a_stream_hears_nearly_what_a_file_does(kit: Kit) -> None:
+    """Only the future lacks: a little, and less the further ahead it hears."""
+    from voipavatar.musetalk_build import streaming_error
+
+    engine = kit.engine
+    assert isinstance(engine, MuseTalk)
+    options, recipe = read_options(kit.options)
+    networks = engine.networks(options, recipe)
+    errors = [
+        streaming_error(networks, options.model_copy(update={"right_ms": right}))
+        for right in (0, 200, 600)
+    ]
+    assert errors[0]["mean"] < 0.05 and errors[0]["max"] < 0.5
+    means = [one["mean"] for one in errors]
+    assert means == sorted(means, reverse=True)
 
 
 def test_options_are_checked_with_names() -> None:
@@ -381,3 +398,162 @@ def test_a_whole_frame_is_the_published_steps(kit: Kit) -> None:
     mask[patch.y : patch.y + h, patch.x : patch.x + w] = patch.mask
     want: UInt8 = pillow_way(shown, new, (x1, y1, x2, y2), mask, (0, 0, 320, 240))
     assert np.array_equal(kit.draw([job])[0], to_i420(np.ascontiguousarray(want)))
+
+
+def test_the_bench_says_what_it_measured(kit: Kit) -> None:
+    from voipavatar.musetalk_build import bench, table
+
+    engine = kit.engine
+    assert isinstance(engine, MuseTalk)
+    report = bench(engine, kit.avatar, sessions=(1, 2), seconds=0.1, command="voipavatar bench x")
+    assert report["stage_ms"]["1"].keys() == {"hear", "imagine", "draw"}
+    assert report["sessions"].keys() == {"1", "2"}
+    assert 0 < report["share_of_matmul"] < 1 and report["gflop_a_frame"] > 0.1
+    text = table(report)
+    assert "voipavatar bench x" in text and "torch" in text and "| 1 |" in text
+
+
+def test_commands_import_lightly() -> None:
+    import subprocess
+    import sys
+
+    probe = "import sys, voipavatar.musetalk_cli; print({'torch', 'cv2'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == b"set()"
+
+
+def test_without_landmarks_somebody_must_find_the_face(kit: Kit, tmp_path: Path) -> None:
+    bare = {key: value for key, value in kit.options.items() if key != "landmarks"}
+    with pytest.raises(ConfigError, match="write landmarks"):
+        kit.engine.prepare(kit.source, tmp_path / "a", bare, lambda *_: None)
+    asked: list[tuple[float, float] | None] = []
+
+    def find(picture: UInt8, at: tuple[float, float] | None) -> tuple[dict[str, Any], int]:
+        asked.append(at)
+        scale = picture.shape[1] / 480
+        return scaled(kit.options["landmarks"], scale), 2
+
+    engine = MuseTalk(Settings(cache_dir=kit.folder / "cache"), device="cpu", finder=find)
+    avatar = engine.prepare(kit.source, tmp_path / "b", bare | {"face_at": (9, 9)}, lambda *_: None)
+    assert asked == [(9.0, 9.0)]
+    given = kit.engine.prepare(kit.source, tmp_path / "c", kit.options, lambda *_: None)
+    found, told = (np.load(one.path / "index.npy")[0, :4] for one in (avatar, given))
+    assert np.abs(found - told).max() <= 1
+    assert "several faces" in (avatar.path / "manifest.json").read_text()
+    engine.close()
+
+
+def scaled(value: Any, by: float) -> Any:
+    """Every number in a tree of lists and mappings times `by`."""
+    if isinstance(value, dict):
+        return {key: scaled(one, by) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scaled(one, by) for one in value]
+    return value * by
+
+
+def dwpose_file(path: Path, points: Float32) -> None:
+    """An ONNX file with DWPose's inputs and outputs that sees these points in every picture."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    heat = {
+        "simcc_x": np.zeros((1, 133, 576), np.float32),
+        "simcc_y": np.zeros((1, 133, 768), np.float32),
+    }
+    for n, (x, y) in enumerate(points):
+        heat["simcc_x"][0, 23 + n, round(float(x) * 2)] = 1
+        heat["simcc_y"][0, 23 + n, round(float(y) * 2)] = 1
+    nodes = [
+        helper.make_node("ReduceMean", ["input"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "nothing"], ["zero"]),
+        *(helper.make_node("Add", [f"{name}_heat", "zero"], [name]) for name in heat),
+    ]
+    known = [
+        numpy_helper.from_array(np.float32(0), "nothing"),
+        *(numpy_helper.from_array(one, f"{name}_heat") for name, one in heat.items()),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "dwpose",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 384, 288])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, list(one.shape))
+            for name, one in heat.items()
+        ],
+        known,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, str(path))
+
+
+def test_dwpose_and_bisenet_prepare_an_avatar(kit: Kit, tmp_path: Path) -> None:
+    """The whole official way of preparing: ONNX landmarks, parsed mask, through their own files."""
+    needs("torch", "onnx", "onnxruntime")
+    import yaml
+
+    from voipavatar.engines.musetalk_nets import generate
+    from voipavatar.faces import face_box, from_yaml
+    from voipavatar.models import load_recipe
+
+    data = yaml.safe_load(small_recipe(tmp_path).read_text())
+    data["networks"]["landmarks"] = {"weights": "dwpose/d.onnx"}
+    data["networks"]["parser"] = {"weights": "parse/p.pth"}
+    data["files"] += [{"path": "dwpose/d.onnx"}, {"path": "parse/p.pth", "optional": True}]
+    data["options"] = {"mask": "raw"}
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(data | {"name": "whole"}))
+    generate(load_recipe(tmp_path / "whole.yaml"), tmp_path / "m", seed=1)
+    wanted = from_yaml(scaled(kit.options["landmarks"], 320 / 480))
+    # the picture of 320 x 240 within the padded box of 400 x 533 that the network sees
+    seen = (wanted - (160, 120) + (200, 400 / 0.75 / 2)) * (288 / 400)
+    dwpose_file(tmp_path / "m/dwpose/d.onnx", seen.astype(np.float32))
+    bare = {key: value for key, value in kit.options.items() if key != "landmarks"}
+    options = bare | {
+        "recipe": str(tmp_path / "whole.yaml"),
+        "models": str(tmp_path / "m"),
+        "smoothing": 0.0,
+    }
+    engine = MuseTalk(Settings(cache_dir=tmp_path), device="cpu")
+    import json as reader
+
+    # the mirrored pass of this file says the same as the straight one: a face in the middle
+    avatar = engine.prepare(kit.source, tmp_path / "t", options, lambda *_: None)
+    manifest = reader.loads((avatar.path / "manifest.json").read_text())
+    assert manifest["landmarks_by"] == "dwpose" and manifest["mask_by"] == "bisenet raw"
+    index = np.load(avatar.path / "index.npy")[0]
+    box = face_box(wanted, height=240)
+    assert box is not None
+    if index[8] >= 0:  # random weights may see no skin at all
+        assert np.abs(index[:4] - box).max() <= 3
+    session = engine.open(avatar)
+    assert len(kit.draw(turn(session, iter([babble(0.1)])))) == 3
+    engine.close()
+
+
+@pytest.mark.parametrize("bomb", [False, True])
+def test_an_avatar_of_the_published_script_talks(kit: Kit, tmp_path: Path, bomb: bool) -> None:
+    import torch
+
+    from voipavatar.errors import AvatarError
+    from voipavatar.faces import UPSTREAM
+
+    from .test_faces import Bomb, published
+
+    folder = published(tmp_path / "theirs")
+    latents = [torch.randn(1, 8, 32, 32, dtype=torch.float16) for _ in range(6)]
+    torch.save([Bomb()] if bomb else latents, folder / "latents.pt")
+    if bomb:
+        with pytest.raises(AvatarError, match=r"latents\.pt is refused"):
+            kit.engine.prepare(folder / UPSTREAM, tmp_path / "t", kit.options, lambda *_: None)
+        return
+    avatar = kit.engine.prepare(folder / UPSTREAM, tmp_path / "t", kit.options, lambda *_: None)
+    assert (avatar.width, avatar.height) == (320, 240)
+    again = kit.engine.prepare(folder / UPSTREAM, tmp_path / "t", kit.options, lambda *_: None)
+    assert again == avatar
+    session, idle = kit.engine.open(avatar), kit.engine.open(avatar)
+    jobs = turn(session, iter([babble(0.3)]))
+    drawn, rest = kit.draw(jobs), kit.draw(idle.idle(len(jobs)))
+    assert not np.array_equal(drawn[-1], rest[-1])

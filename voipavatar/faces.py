@@ -320,7 +320,8 @@ class DwPose:
         """(68, 576) and (68, 768): how likely each half pixel is, across and down."""
         rgb = (bgr[..., ::-1].astype(np.float32) - self.MEAN) / self.STD
         out = self.run({"input": np.ascontiguousarray(rgb.transpose(2, 0, 1)[None])})
-        x, y = out["simcc_x"], out["simcc_y"]
+        # told apart by length, not by name: two bins a pixel, 576 across and 768 down
+        x, y = sorted(out.values(), key=lambda heat: int(heat.shape[-1]))
         return np.asarray(x[0, 23:91], np.float32), np.asarray(y[0, 23:91], np.float32)
 
 
@@ -343,57 +344,21 @@ MIRROR = _mirror()
 
 
 class Mesh:
-    """MediaPipe's face mesh, 468 points: the light alternative, an order faster on a CPU.
+    """MediaPipe's face mesh: the light alternative, an order faster on a CPU.
 
-    Compatible, not equal: its chin and cheeks lie some pixels from DWPose's. `detect` gives the
-    boxes of the faces there are, `mesh` the points within one (192 x 192, RGB in 0..1).
+    Compatible, not equal: its chin and cheeks lie some pixels from DWPose's.
     """
 
-    # where the 68 are among the 468
-    INDEX = np.array(
-        [
-            *(127, 234, 93, 132, 58, 172, 136, 150, 152, 379, 365, 397, 288, 361, 323, 454, 356),
-            *(70, 63, 105, 66, 107, 336, 296, 334, 293, 300),
-            *(168, 197, 5, 4, 75, 97, 2, 326, 305),
-            *(33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380),
-            *(61, 40, 37, 0, 267, 270, 291, 321, 314, 17, 84, 91),
-            *(78, 81, 13, 311, 308, 402, 14, 178),
-        ]
-    )
-    SIDE = 192
-
-    def __init__(
-        self,
-        detect: Callable[[UInt8], list[tuple[Box, float]]],
-        mesh: Run,
-        at: tuple[float, float] | None = None,
-    ) -> None:
-        """`at`: the face nearest to this point is meant; otherwise the largest."""
-        self.detect = detect
-        self.mesh = mesh
-        self.at = at
+    def __init__(self, find: Callable[[UInt8], tuple[Mapping[str, Any], int] | None]) -> None:
+        """`find`: landmarks as a persona's YAML has them, and the number of other faces."""
+        self.find = find
 
     def __call__(self, picture: UInt8) -> Face | None:
-        boxes = self.detect(picture)
-        if not boxes:
+        found = self.find(picture)
+        if found is None:
             return None
-
-        def rank(found: tuple[Box, float]) -> float:
-            x1, y1, x2, y2 = found[0]
-            if self.at is None:
-                return -float((x2 - x1) * (y2 - y1))
-            return math.hypot((x1 + x2) / 2 - self.at[0], (y1 + y2) / 2 - self.at[1])
-
-        (x1, y1, x2, y2), score = min(boxes, key=rank)
-        half = max(x2 - x1, y2 - y1) * 0.75
-        x, y = (x1 + x2) / 2, (y1 + y2) / 2
-        warp = np.array([[1, 0, half - x], [0, 1, half - y]]) * (self.SIDE / (2 * half))
-        small = cv2.warpAffine(picture, warp, (self.SIDE, self.SIDE), flags=cv2.INTER_LINEAR)
-        rgb = np.asarray(small, np.float32)[None, ..., ::-1] / 255.0
-        out = self.mesh({"input": np.ascontiguousarray(rgb)})
-        points = out["points"].reshape(-1, 3)[self.INDEX, :2]
-        found = points * (2 * half / self.SIDE) + (x - half, y - half)
-        return Face(found.astype(np.float32), score, len(boxes) - 1)
+        marks, others = found
+        return Face(from_yaml(marks), 1.0, others)
 
 
 @dataclass(frozen=True)

@@ -314,6 +314,7 @@ def _download(
                 raise TimeoutError("the connection ended early")
             return
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 416 and have:
                 return  # nothing is left to send
             if error.code in (401, 403, 404, 410):

@@ -1,6 +1,7 @@
 """Commands for MuseTalk and for weights: `models ...`, `build`, `bench engine --engine musetalk`.
 
-Click groups and commands to be hung into the main one; each raises the package's own errors.
+Click groups and commands to be hung into the main one; each raises the package's own errors. What
+is heavy is imported when a command runs.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -16,9 +17,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from . import models as weights
 from .config import Settings, load_persona
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .models import State
 
 RUNTIMES = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx")
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -51,6 +54,8 @@ def models() -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def models_list(folder: Path | None, as_json: bool) -> None:
     """Every file of every recipe, with its licence and source."""
+    from . import models as weights
+
     place = _folder(folder)
     rows: list[dict[str, Any]] = []
     for recipe in weights.list_recipes():
@@ -81,7 +86,7 @@ def models_list(folder: Path | None, as_json: bool) -> None:
     Console().print(table)
 
 
-def _told(states: list[weights.State]) -> None:
+def _told(states: list[State]) -> None:
     console = Console(stderr=False, highlight=False)
     for one in states:
         mark = {"good": "ok", "unchecked": "ok"}.get(one.state, one.state)
@@ -97,6 +102,8 @@ def _told(states: list[weights.State]) -> None:
 @click.option("--trust", is_flag=True, help="Remember the files as they are now.")
 def models_verify(recipe: str, folder: Path | None, load: bool, trust: bool) -> None:
     """Compare a recipe's files with their sizes and hashes. Exits with 1 if one is wrong."""
+    from . import models as weights
+
     found = weights.load_recipe(recipe)
     if trust:
         weights.trust(found, _folder(folder))
@@ -114,6 +121,8 @@ def models_verify(recipe: str, folder: Path | None, load: bool, trust: bool) -> 
 @click.option("--yes", is_flag=True, help="The licences are known and accepted.")
 def models_pull(recipe: str, folder: Path | None, mirror: str | None, yes: bool) -> None:
     """Fetch what is missing; goes on where it stopped."""
+    from . import models as weights
+
     found = weights.load_recipe(recipe)
     click.echo("These files have licences of their own:")
     for licence in dict.fromkeys(file.licence for file in found.files if file.licence):
@@ -145,6 +154,8 @@ def models_pull(recipe: str, folder: Path | None, mirror: str | None, yes: bool)
 @_at
 def models_import(recipe: str, source: Path, folder: Path | None) -> None:
     """Take a recipe's files from a folder: MuseTalk's `models`, a hub cache, or a flat one."""
+    from . import models as weights
+
     _told(weights.import_folder(weights.load_recipe(recipe), source, _folder(folder)))
 
 
@@ -154,6 +165,7 @@ def models_import(recipe: str, source: Path, folder: Path | None) -> None:
 @click.option("--seed", default=0, show_default=True)
 def models_random(recipe: str, target: Path, seed: int) -> None:
     """Write random weights in the real formats: to measure speed before any weights are there."""
+    from . import models as weights
     from .musetalk_build import import_torch
 
     import_torch()
@@ -203,6 +215,35 @@ def build(
         click.echo(f"  {name}: differs from torch by {worst:.2g} of its range at most")
     if artefacts.data["plans"] and not artefacts.data.get("proofs"):
         click.echo("  no GPU here runs these plans: each is proved when it is first loaded")
+
+
+@click.command()
+@click.argument("persona")
+def prepare(persona: str) -> None:
+    """Prepare a persona's avatar for its engine. Done already: no work."""
+    import asyncio
+
+    from .avatar import read_json
+    from .engines import Avatar
+    from .session import Studio
+
+    settings = _settings()
+    who = load_persona(persona, settings)
+
+    async def go(told: Any) -> Avatar:
+        async with Studio(settings) as studio:
+            return await studio.prepare(who, told)
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("preparing", total=1.0)
+        avatar = asyncio.run(
+            go(lambda what, share: bar.update(task, description=what, completed=share))
+        )
+    click.echo(f"{who.name}: {avatar.width}x{avatar.height} in {avatar.path}")
+    for one in read_json(avatar.path / "manifest.json").get("advice", []):
+        click.echo(f"  {one}")
 
 
 @click.command()

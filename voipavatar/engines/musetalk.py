@@ -22,11 +22,10 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -703,7 +702,9 @@ def built_folder(recipe: str, runtime: str, precision: str, settings: Settings) 
     return settings.cache_dir / "engines" / f"{recipe}-{runtime}-{precision}"
 
 
-def torch_networks(recipe: Recipe, folder: Path, device: str, precision: Precision) -> Networks:
+def torch_networks(
+    recipe: Recipe, folder: Path, device: str, precision: Precision, legacy: bool = False
+) -> Networks:
     """The recipe's checkpoints, in torch."""
     try:
         import torch  # noqa: F401
@@ -734,7 +735,7 @@ def torch_networks(recipe: Recipe, folder: Path, device: str, precision: Precisi
 
     return Networks(
         recipe=recipe,
-        hear=runtime(nets.Hear(files.whisper(dtype))),
+        hear=runtime(nets.Hear(files.whisper(dtype, legacy))),
         imagine=runtime(nets.Imagine(files.unet(dtype))),
         draw=runtime(nets.Draw(files.vae(dtype))),
         # latents are made once and shown for ever: always fp32
@@ -854,11 +855,25 @@ def _prove(networks: Networks, artefacts: Artefacts, precision: Precision, arch:
 # --- the engine -----------------------------------------------------------------------------------
 
 
+class Finder(Protocol):
+    """Finds a face in a picture by itself."""
+
+    def __call__(
+        self, picture: UInt8, at: tuple[float, float] | None
+    ) -> tuple[Mapping[str, Any], int] | None:
+        """Finds the face nearest to a point (or the largest) in a BGR picture: its landmarks as a
+        persona's YAML holds them, and how many other faces there are. None when there is none."""
+
+
 class MuseTalk:
     """Makes avatars and draws them. Networks are loaded when the first persona asks for them."""
 
-    def __init__(self, settings: Settings, device: str | None = None) -> None:
+    def __init__(
+        self, settings: Settings, device: str | None = None, finder: Finder | None = None
+    ) -> None:
+        """`finder` serves `landmarker: mesh`, the way without DWPose's weights."""
         self._settings = settings
+        self._finder = finder
         self._device = device or default_device()
         self._networks: dict[tuple[str, ...], Networks] = {}
         self._closed = False
@@ -893,7 +908,9 @@ class MuseTalk:
         with self._lock:
             if key not in self._networks:
                 if options.runtime == "torch":
-                    made = torch_networks(recipe, folder, device, precision)
+                    made = torch_networks(recipe, folder, device, precision, options.legacy_audio)
+                elif options.legacy_audio:
+                    raise ConfigError("engine_options.legacy_audio: needs runtime: torch")
                 else:
                     made = built_networks(
                         recipe, self._settings, options.runtime, device, precision
@@ -996,36 +1013,26 @@ class MuseTalk:
         folder = models_folder(options, self._settings)
         how = options.landmarker
         dwpose = recipe.networks.get("landmarks")
-        mesh = mesh_files(folder)
+        there = dwpose is not None and (folder / dwpose.weights).is_file()
         if how == "auto":
-            how = (
-                "given"
-                if options.landmarks
-                else "dwpose"
-                if dwpose is not None and (folder / dwpose.weights).is_file()
-                else "mesh"
-            )
-            if how == "mesh" and mesh is None:
-                raise ConfigError(
-                    "nothing here finds a face: write landmarks into the persona, or run "
-                    "`voipavatar models pull musetalk-v15` for DWPose, or put MediaPipe's "
-                    f"{' and '.join(MESH)} into {folder / 'mediapipe'}"
-                )
+            how = "given" if options.landmarks else "dwpose" if there else "mesh"
         if how == "given":
             if not options.landmarks:
                 raise ConfigError("landmarker: given, but the persona has no landmarks")
             return Given(clip.fit.points(from_yaml(options.landmarks))), how
-        if how == "dwpose":
-            if dwpose is None or not (folder / dwpose.weights).is_file():
+        if how == "mesh":
+            if self._finder is None:
                 raise ConfigError(
-                    "DWPose's weights are not in the models folder: run "
-                    f"`voipavatar models pull {recipe.name}`"
+                    "nothing here finds a face by itself: write landmarks into the persona, or run "
+                    f"`voipavatar models pull {recipe.name}` for DWPose"
                 )
-            run = OnnxRuntime(folder / dwpose.weights)
-            return DwPose(run, region=options.region), how
-        if mesh is None:
-            raise ConfigError(f"MediaPipe's {' and '.join(MESH)} are not in {folder / 'mediapipe'}")
-        return Mesh(*mesh_networks(*mesh), at=options.face_at), how
+            return Mesh(partial(self._finder, at=options.face_at)), how
+        if dwpose is None or not there:
+            raise ConfigError(
+                "DWPose's weights are not in the models folder: run `voipavatar models pull "
+                f"{recipe.name}`, or write landmarks into the persona"
+            )
+        return DwPose(OnnxRuntime(folder / dwpose.weights), region=options.region), how
 
     def _parser(
         self, options: Options, recipe: Recipe, networks: Networks
@@ -1134,69 +1141,3 @@ def self_test(networks: Networks) -> None:
             "not sd-vae-ft-mse's, or the precision is too small for this device. Run `voipavatar "
             f"models verify {networks.recipe.name}`, or set precision: fp32"
         )
-
-
-# --- MediaPipe's mesh -----------------------------------------------------------------------------
-
-MESH = ("face_detection_short_range.tflite", "face_landmark.tflite")
-"""Files of MediaPipe (Apache-2.0), which old wheels of it and others contain."""
-
-
-def mesh_files(folder: Path) -> tuple[Path, Path] | None:
-    """Detector and mesh, if they are in the models folder."""
-    first, second = (folder / "mediapipe" / name for name in MESH)
-    return (first, second) if first.is_file() and second.is_file() else None
-
-
-def mesh_networks(
-    detector: Path, mesh: Path
-) -> tuple[Callable[[UInt8], list[tuple[Box, float]]], Callable[[Any], dict[str, Any]]]:
-    """Both networks through OpenCV, which reads TFLite."""
-    try:
-        find = cv2.dnn.readNetFromTFLite(str(detector))
-        points = cv2.dnn.readNetFromTFLite(str(mesh))
-    except cv2.error as error:
-        raise ConfigError(f"MediaPipe's networks can't be read: {error.err}") from None
-    anchors = _anchors()
-
-    def detect(picture: UInt8) -> list[tuple[Box, float]]:
-        h, w = picture.shape[:2]
-        side = max(h, w)
-        square = np.zeros((side, side, 3), np.uint8)
-        square[:h, :w] = picture
-        small = np.asarray(cv2.resize(square, (128, 128), interpolation=cv2.INTER_AREA))
-        feed = (small[..., ::-1].astype(np.float32) / 127.5 - 1.0).transpose(2, 0, 1)[None]
-        find.setInput(np.ascontiguousarray(feed))
-        out = {o.size: o for o in find.forward(find.getUnconnectedOutLayersNames())}
-        boxes = out[896 * 16].reshape(896, 16)
-        scores = 1 / (1 + np.exp(-np.clip(out[896].reshape(-1), -80, 80)))
-        centre = boxes[:, :2] / 128 + anchors
-        size = boxes[:, 2:4] / 128
-        found: list[tuple[Box, float]] = []
-        for i in np.argsort(-scores):
-            if scores[i] < 0.5:
-                break
-            x1, y1 = (centre[i] - size[i] / 2) * side
-            x2, y2 = (centre[i] + size[i] / 2) * side
-            mid = ((x1 + x2) / 2, (y1 + y2) / 2)
-            if all(not (b[0] < mid[0] < b[2] and b[1] < mid[1] < b[3]) for b, _ in found):
-                found.append(((int(x1), int(y1), int(x2), int(y2)), float(scores[i])))
-        return found
-
-    def run(feeds: Any) -> dict[str, Any]:
-        points.setInput(np.ascontiguousarray(feeds["input"].transpose(0, 3, 1, 2)))
-        out = points.forward(points.getUnconnectedOutLayersNames())
-        largest = max(out, key=lambda one: one.size)
-        return {"points": largest.reshape(-1, 3)}
-
-    return detect, run
-
-
-def _anchors() -> Float32:
-    """(896, 2): centres of the short-range detector's cells: 16 x 16 twice, 8 x 8 six times."""
-    out = []
-    for cells, each in ((16, 2), (8, 6)):
-        y, x = np.mgrid[0:cells, 0:cells]
-        centre = np.stack([(x + 0.5) / cells, (y + 0.5) / cells], -1).reshape(-1, 2)
-        out.append(np.repeat(centre, each, 0))
-    return np.concatenate(out).astype(np.float32)

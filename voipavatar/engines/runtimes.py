@@ -113,6 +113,7 @@ class TorchRuntime:
         self.inputs: tuple[str, ...] = tuple(getattr(module, "inputs"))  # noqa: B009
         self.outputs: tuple[str, ...] = tuple(getattr(module, "outputs"))  # noqa: B009
         self._graphs: dict[tuple[Any, ...], Any] = {}
+        self._pool: Any = None  # one for all graphs: what they give is copied before the next runs
         self._capture = self.device.type == "cuda"
 
     def __call__(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
@@ -160,8 +161,9 @@ class TorchRuntime:
                 self.module(*inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             outputs = self.module(*inputs)
+        self._pool = graph.pool()
         return graph, inputs, outputs
 
     def close(self) -> None:
