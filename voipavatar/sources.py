@@ -12,6 +12,12 @@ import numpy as np
 from .errors import InputError
 from .media import Int16
 
+FORMATS = (
+    "wav,w64,mp3,ogg,flac,mov,mp4,m4a,3gp,matroska,webm,aac,aiff,au,caf,amr,ac3,eac3,wv,tta,avi,asf"
+)
+"""What FFmpeg may take bytes for. Playlists and the like are left out: they name other files and
+addresses, which FFmpeg would open for whoever sent them."""
+
 
 def decode_audio(source: Path | bytes) -> Iterator[tuple[Int16, int]]:
     """int16 mono pieces and their rate in Hz, of any sound that PyAV reads. Blocks: use a thread.
@@ -21,7 +27,9 @@ def decode_audio(source: Path | bytes) -> Iterator[tuple[Int16, int]]:
     """
     try:
         file = source if isinstance(source, Path) else io.BytesIO(source)
-        with av.open(str(file) if isinstance(file, Path) else file) as container:
+        options = {} if isinstance(source, Path) else {"format_whitelist": FORMATS}
+        where = str(file) if isinstance(file, Path) else file
+        with av.open(where, options=options) as container:
             if not container.streams.audio:
                 raise InputError("there is no sound in this file: send WAV, MP3, Ogg, FLAC or M4A")
             stream = container.streams.audio[0]

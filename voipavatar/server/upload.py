@@ -10,12 +10,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 
 from ..errors import InputError
-
-# What FFmpeg may take an upload for. Playlists and the like are left out: they name other files
-# and addresses, which FFmpeg would open for the sender.
-_FORMATS = (
-    "wav,w64,mp3,ogg,flac,mov,mp4,m4a,3gp,matroska,webm,aac,aiff,au,caf,amr,ac3,eac3,wv,tta,avi,asf"
-)
+from ..sources import FORMATS
 
 
 async def read_sound(request: Request, kind: str) -> tuple[bytes, dict[str, str]]:
@@ -39,7 +34,7 @@ async def check_sound(data: bytes) -> None:
 
 def _check(data: bytes) -> None:
     try:
-        with av.open(io.BytesIO(data), options={"format_whitelist": _FORMATS}) as file:
+        with av.open(io.BytesIO(data), options={"format_whitelist": FORMATS}) as file:
             if not file.streams.audio:
                 raise InputError("the file holds no sound: send one with an audio stream")
             for frame in file.decode(audio=0):
