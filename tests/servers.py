@@ -136,23 +136,26 @@ class RabbitMQ:
         """Start, and wait until it answers an AMQP handshake."""
         if self._node is not None:
             return
-        env = self._environment()
-        with open(self._folder / "output.log", "ab") as log:
-            if self._epmd is None:
-                # Ours and in the foreground: one that the node starts by itself outlives it.
-                self._epmd = subprocess.Popen(["epmd"], env=env, stdout=log, stderr=log)
-            script = self.script()
-            assert script is not None
-            self._node = subprocess.Popen(
-                [str(script)], env=env, stdout=log, stderr=log, start_new_session=True
-            )
+        node = self._node = self._launched()
         deadline = time.monotonic() + self.TIMEOUT
         while not await self.answers():
-            if self._node.poll() is not None or time.monotonic() > deadline:
+            if node.poll() is not None or time.monotonic() > deadline:
                 await self.stop()
                 tail = (self._folder / "output.log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"RabbitMQ didn't start: {tail}")
             await asyncio.sleep(0.1)
+
+    def _launched(self) -> subprocess.Popen[bytes]:
+        env = self._environment()
+        script = self.script()
+        assert script is not None
+        with open(self._folder / "output.log", "ab") as log:
+            if self._epmd is None:
+                # Ours and in the foreground: one that the node starts by itself outlives it.
+                self._epmd = subprocess.Popen(["epmd"], env=env, stdout=log, stderr=log)
+            return subprocess.Popen(
+                [str(script)], env=env, stdout=log, stderr=log, start_new_session=True
+            )
 
     async def answers(self) -> bool:
         """Whether a client is greeted: the port is open some seconds before."""
