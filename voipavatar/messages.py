@@ -1,7 +1,8 @@
 """What crosses the queue: messages in, events out. Models and parsing only; no broker in here.
 
 A message is `text`, `audio` or `control`, as JSON or (text and sound) as a raw body with a content
-type. What AMQP has a property or a header for may stand there or in the body; the property wins.
+type. What AMQP has a property or a header for may stand there or in the body,
+which wins over a property: client libraries make up ids of their own.
 `voipavatar messages schema` prints the JSON schema, docs/messages.md shows an example of each.
 """
 
@@ -405,11 +406,11 @@ def sender_of(body: bytes, envelope: Envelope) -> Envelope:
                 value = data.get(key)
                 if isinstance(value, str) and 0 < len(value) <= 200:
                     found[key] = value
-    id = envelope.message_id or found.get("message_id")
+    id = found.get("message_id") or envelope.message_id
     return Envelope(
         message_id=id if id and len(id) <= 200 else _made_id(body, envelope),
-        correlation_id=envelope.correlation_id or found.get("correlation_id"),
-        reply_to=envelope.reply_to or found.get("reply_to"),
+        correlation_id=found.get("correlation_id") or envelope.correlation_id,
+        reply_to=found.get("reply_to") or envelope.reply_to,
     )
 
 
@@ -448,7 +449,8 @@ def _values(body: bytes, envelope: Envelope) -> tuple[dict[str, Any], bytes | No
         values[key] = value
     for name in ("message_id", "correlation_id", "reply_to"):
         value = getattr(envelope, name)
-        if value:
+        # The body first: client libraries make up a message id where none was given.
+        if value and values.get(name) is None:
             values[name] = value
     return values, sound
 

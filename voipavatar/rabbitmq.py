@@ -915,7 +915,8 @@ class QueueFeed:
         headers |= {"x-reason": code, "x-error": why[:1000], "x-queue": self.options.queue}
         await self.wire.publish(
             self.options.dead, self.options.queue, body, mandatory=True, headers=headers,
-            message_id=delivery.envelope.message_id, content_type=delivery.envelope.content_type,
+            message_id=sender_of(body, delivery.envelope).message_id,
+            content_type=delivery.envelope.content_type,
             correlation_id=delivery.envelope.correlation_id, timestamp=datetime.now(timezone.utc),
         )  # fmt: skip
 
@@ -1350,7 +1351,7 @@ class QueueFeed:
             "", self.options.retry(pause), delivery.body, mandatory=True, headers=headers,
             message_id=envelope.message_id, correlation_id=envelope.correlation_id,
             reply_to=envelope.reply_to, content_type=envelope.content_type,
-            timestamp=datetime.fromtimestamp(envelope.timestamp, timezone.utc) if envelope.timestamp else None,
+            timestamp=envelope.timestamp,
         )  # fmt: skip
         self.counts["retried"] += 1
         job.ended = True
