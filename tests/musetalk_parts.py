@@ -17,7 +17,9 @@ def needs(*packages: str) -> None:
     """Skip (fail where CI=true) without these packages."""
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
     if lacking:
-        servers.missing(f"not installed: {', '.join(lacking)}: pip install voipavatar[musetalk,dev]")
+        servers.missing(
+            f"not installed: {', '.join(lacking)}: pip install voipavatar[musetalk,dev]"
+        )
     if "torch" in packages:
         import torch
 

@@ -112,7 +112,7 @@ def bearded() -> Picture:
         )
     bridge = [round(v) for v in nose["bridge"]]
     cv2.line(out, (bridge[0] - 16, bridge[1]), (bridge[0] + 16, bridge[1]), (30, 26, 24), 5)
-    return out
+    return np.asarray(out, np.uint8)
 
 
 def crowd() -> Picture:

@@ -62,12 +62,12 @@ def pillow_way(picture: UInt8, new: UInt8, face: Box, mask: UInt8, crop: Box) ->
     large = body.crop(crop)
     large.paste(Image.fromarray(sized[:, :, ::-1]), (x1 - crop[0], y1 - crop[1]))
     body.paste(large, crop[:2], Image.fromarray(mask).convert("L"))
-    return np.asarray(body)[:, :, ::-1]
+    return np.asarray(body, np.uint8)[:, :, ::-1]
 
 
 def ours(picture: UInt8, new: UInt8, face: Box, mask: UInt8, crop: Box) -> UInt8:
     patch = make_patch(picture, face, mask, crop)
-    out = picture.copy()
+    out: UInt8 = picture.copy()
     if patch is not None:
         h, w = patch.mask.shape
         out[patch.y : patch.y + h, patch.x : patch.x + w] = blended(patch, new)
@@ -169,7 +169,7 @@ def test_the_loop_runs_forward_and_back() -> None:
 
 
 def ratio(size: tuple[int, int], face: Box, seconds: float = 0.4) -> tuple[float, float]:
-    """Milliseconds of Pillow's way (to BGR) and of ours (to I420), the best of many, side by side."""
+    """Milliseconds of Pillow's way (to BGR) and of ours (to I420), the best of many."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

@@ -57,7 +57,9 @@ def test_the_whole_unet_has_the_official_keys() -> None:
     state = unet.state_dict()
     assert len(state) == 686
     assert sum(one.numel() for one in state.values()) == 849_947_844
-    assert tuple(state["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape) == (
+    assert tuple(
+        state["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape
+    ) == (
         320,
         384,
     )
@@ -97,9 +99,7 @@ def test_imagine_adds_the_published_positions() -> None:
 
     table = positions(50, 384)
     for p, k in ((0, 0), (7, 3), (49, 191)):
-        angle = torch.tensor(float(p)) * torch.exp(
-            torch.tensor(2.0 * k) * -(np.log(10000.0) / 384)
-        )
+        angle = torch.tensor(float(p)) * torch.exp(torch.tensor(2.0 * k) * -(np.log(10000.0) / 384))
         assert float(table[0, p, 2 * k]) == pytest.approx(float(torch.sin(angle)), abs=1e-6)
         assert float(table[0, p, 2 * k + 1]) == pytest.approx(float(torch.cos(angle)), abs=1e-6)
 
@@ -185,7 +185,9 @@ def test_openai_names_are_read() -> None:
     for key, value in net.state_dict().items():
         for new, old in names.items():
             key = key.replace(f".{new}.", f".{old}.")
-        key = key.replace("layers.", "blocks.").replace("embed_positions.weight", "positional_embedding")
+        key = key.replace("layers.", "blocks.").replace(
+            "embed_positions.weight", "positional_embedding"
+        )
         key = key.replace("layer_norm.", "ln_post.") if key.startswith("layer_norm") else key
         state[f"encoder.{key}"] = value
     back = nets.whisper_keys(state)

@@ -26,7 +26,7 @@ from voipavatar.errors import ConfigError, EngineError
 
 from .contract import babble
 from .faces import save_face
-from .musetalk_parts import needs
+from .musetalk_parts import needs, small_recipe
 
 
 class Doubler:
@@ -147,8 +147,9 @@ def test_onnx_is_torch_in_any_batch(built: tuple[Path, Artefacts]) -> None:
         reference = TorchRuntime(part.make(torch.float32))
         for n in (1, 3, 16) if part.name != "look" else (1, 3):
             feeds = {
-                k: np.concatenate([v[:1] * (1 if v.dtype == np.int64 else 1 - i / 40) for i in range(n)])
-                .astype(v.dtype)
+                k: np.concatenate(
+                    [v[:1] * (1 if v.dtype == np.int64 else 1 - i / 40) for i in range(n)]
+                ).astype(v.dtype)
                 for k, v in part.feeds.items()
             }
             got, want = run(feeds), reference(feeds)
@@ -214,17 +215,29 @@ def test_half_precision_passes_the_gate(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_plans_are_built_without_a_gpu(tmp_path: Path) -> None:
-    """TensorRT-RTX, two architectures, fp16 with fp32 norms; another version is refused."""
+    """TensorRT-RTX, two architectures, fp16 with fp32 norms: the networks' whole depth at a
+    fraction of their width."""
     needs("torch", "onnx", "onnxruntime", "tensorrt_rtx_bindings")
+    import yaml
+
     from voipavatar.engines.musetalk import built_networks
     from voipavatar.musetalk_build import build
 
-    chosen, recipe, settings = tiny(tmp_path, runtime="tensorrt_rtx")
+    data = yaml.safe_load(small_recipe(tmp_path, "deep").read_text())
+    data["configs"]["tiny/unet.json"].update(
+        block_out_channels=[32, 64, 64, 64], layers_per_block=2, norm_num_groups=8
+    )
+    data["configs"]["tiny/vae.json"].update(block_out_channels=[8, 16, 16, 16], layers_per_block=2)
+    (tmp_path / "deep.yaml").write_text(yaml.safe_dump(data))
+    chosen, recipe, settings = tiny(
+        tmp_path, recipe=str(tmp_path / "deep.yaml"), runtime="tensorrt_rtx"
+    )
     artefacts = build(chosen, recipe, settings, quiet, archs=("8.9", "12.0"))
     for name in ("hear", "imagine", "draw"):
         assert artefacts.data["plans"][name]["bytes"] > 1000
         assert artefacts.data["plans"][name]["archs"] == ["8.9", "12.0"]
         assert (artefacts.folder / f"{name}.golden.npz").is_file()
+    assert (artefacts.folder / "look.onnx").is_file()  # prepares avatars without torch
     assert "proofs" not in artefacts.data  # a plan is proved where it runs, before it is seen
     with pytest.raises((ConfigError, EngineError), match="arch|pycuda|voipavatar build"):
         built_networks(recipe, settings, "tensorrt_rtx", "cuda:0", "fp16")
@@ -235,5 +248,7 @@ def test_what_is_not_built_says_what_builds_it(tmp_path: Path) -> None:
     from voipavatar.engines.musetalk import built_networks
 
     _, recipe, settings = tiny(tmp_path)
-    with pytest.raises(ConfigError, match="voipavatar build --engine musetalk --recipe musetalk-tiny"):
+    with pytest.raises(
+        ConfigError, match="voipavatar build --engine musetalk --recipe musetalk-tiny"
+    ):
         built_networks(recipe, settings, "onnxruntime", "cpu", "fp32")

@@ -146,7 +146,7 @@ def blended(patch: Patch, face: UInt8, strength: float = 1.0) -> UInt8:
     """The patch with a new face in it, BGR. `strength` below 1 leaves more of the picture."""
     x1, y1, x2, y2 = patch.face
     h, w = patch.mask.shape
-    sized = cv2.resize(face, (x2 - x1, y2 - y1))
+    sized = np.asarray(cv2.resize(face, (x2 - x1, y2 - y1)), np.uint8)
     # the patch may be a pixel wider than the box, to be even: there the mask is 0
     top, left = max(0, y1 - patch.y), max(0, x1 - patch.x)
     bottom, right = min(h, y2 - patch.y), min(w, x2 - patch.x)
@@ -155,17 +155,20 @@ def blended(patch: Patch, face: UInt8, strength: float = 1.0) -> UInt8:
     ]
     mask = patch.mask[top:bottom, left:right]
     if strength < 1.0:
-        mask = (mask * np.uint16(round(256 * max(0.0, strength))) >> 8).astype(np.uint8)
-    out = patch.under.copy()
+        part = np.uint16(round(256 * max(0.0, strength)))
+        mask = np.asarray((mask.astype(np.uint16) * part) >> 8, np.uint8)
+    out: UInt8 = patch.under.copy()
     out[top:bottom, left:right] = blend(
-        new, patch.under[top:bottom, left:right], np.asarray(cv2.merge((mask, mask, mask)), np.uint8)
+        new,
+        patch.under[top:bottom, left:right],
+        np.asarray(cv2.merge((mask, mask, mask)), np.uint8),
     )
     return out
 
 
 def paste(picture: UInt8, patch: Patch, face: UInt8, strength: float = 1.0) -> UInt8:
     """A copy of the I420 `picture` with `face`, (256, 256, 3) BGR, blended in."""
-    out = picture.copy()
+    out: UInt8 = picture.copy()
     put_i420(out, patch.x, patch.y, blended(patch, face, strength))
     return out
 

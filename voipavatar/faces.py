@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,9 +89,7 @@ class Fit:
         h, w = bgr.shape[:2]
         size = (max(1, round(w * self.scale)), max(1, round(h * self.scale)))
         shrinks = self.scale < 1.0
-        sized = cv2.resize(
-            bgr, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-        )
+        sized = cv2.resize(bgr, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
         out = np.empty((self.height, self.width, 3), np.uint8)
         out[:] = background[::-1]
         x, y = round(self.left), round(self.top)
@@ -186,7 +185,8 @@ def _still(path: Path, background: tuple[int, int, int]) -> UInt8 | None:
             return None
         raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
         if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
-            return _flat(raw.astype(np.float32) / (257 if raw.dtype == np.uint16 else 1), background)
+            deep = 257.0 if raw.dtype == np.uint16 else 1.0
+            return _flat(np.asarray(raw / deep, np.float32), background)
         colour = cv2.imdecode(data, cv2.IMREAD_COLOR) if raw is not None else None
     except cv2.error:
         return None
@@ -196,9 +196,8 @@ def _still(path: Path, background: tuple[int, int, int]) -> UInt8 | None:
 def _flat(bgra: Float32, background: tuple[int, int, int]) -> UInt8:
     """(H, W, 4), 0..255, laid over a colour (RGB)."""
     alpha = bgra[..., 3:] / 255.0
-    return np.rint(
-        bgra[..., :3] * alpha + np.float32(background[::-1]) * (1.0 - alpha)
-    ).astype(np.uint8)
+    under = np.array(background[::-1], np.float32)
+    return np.asarray(np.rint(bgra[..., :3] * alpha + under * (1.0 - alpha)), np.uint8)
 
 
 def _upright(bgr: UInt8, degrees: int) -> UInt8:
@@ -214,7 +213,7 @@ _PQ, _HLG = 16, 18
 def _bgr(frame: av.VideoFrame, background: tuple[int, int, int]) -> UInt8:
     if int(frame.color_trc) in (_PQ, _HLG):
         rgb = frame.to_ndarray(format="rgb48le").astype(np.float32) / 65535.0
-        return tone(rgb, int(frame.color_trc))[..., ::-1].copy()
+        return np.ascontiguousarray(tone(rgb, int(frame.color_trc))[..., ::-1])
     if any(component.is_alpha for component in frame.format.components):
         return _flat(frame.to_ndarray(format="bgra").astype(np.float32), background)
     return np.asarray(frame.to_ndarray(format="bgr24"), np.uint8)
@@ -243,7 +242,7 @@ def tone(rgb: Float32, transfer: int) -> UInt8:
     knee = np.where(peak > 0.75, 1 - 0.25 * np.exp(-(peak - 0.75) / 0.25), peak)
     light = np.clip(light * (knee / np.maximum(peak, 1e-6)), 0, 1)
     srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return np.rint(srgb * 255).astype(np.uint8)
+    return np.asarray(np.rint(srgb * 255), np.uint8)
 
 
 # --- finding the face -----------------------------------------------------------------------------
@@ -321,7 +320,8 @@ class DwPose:
         """(68, 576) and (68, 768): how likely each half pixel is, across and down."""
         rgb = (bgr[..., ::-1].astype(np.float32) - self.MEAN) / self.STD
         out = self.run({"input": np.ascontiguousarray(rgb.transpose(2, 0, 1)[None])})
-        x, y = out["simcc_x"], out["simcc_y"]
+        # told apart by length, not by name: two bins a pixel, 576 across and 768 down
+        x, y = sorted(out.values(), key=lambda heat: int(heat.shape[-1]))
         return np.asarray(x[0, 23:91], np.float32), np.asarray(y[0, 23:91], np.float32)
 
 
@@ -344,57 +344,21 @@ MIRROR = _mirror()
 
 
 class Mesh:
-    """MediaPipe's face mesh, 468 points: the light alternative, an order faster on a CPU.
+    """MediaPipe's face mesh: the light alternative, an order faster on a CPU.
 
-    Compatible, not equal: its chin and cheeks lie some pixels from DWPose's. `detect` gives the
-    boxes of the faces there are, `mesh` the points within one (192 x 192, RGB in 0..1).
+    Compatible, not equal: its chin and cheeks lie some pixels from DWPose's.
     """
 
-    # where the 68 are among the 468
-    INDEX = np.array(
-        [
-            *(127, 234, 93, 132, 58, 172, 136, 150, 152, 379, 365, 397, 288, 361, 323, 454, 356),
-            *(70, 63, 105, 66, 107, 336, 296, 334, 293, 300),
-            *(168, 197, 5, 4, 75, 97, 2, 326, 305),
-            *(33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380),
-            *(61, 40, 37, 0, 267, 270, 291, 321, 314, 17, 84, 91),
-            *(78, 81, 13, 311, 308, 402, 14, 178),
-        ]
-    )
-    SIDE = 192
-
-    def __init__(
-        self,
-        detect: Callable[[UInt8], list[tuple[Box, float]]],
-        mesh: Run,
-        at: tuple[float, float] | None = None,
-    ) -> None:
-        """`at`: the face nearest to this point is meant; otherwise the largest."""
-        self.detect = detect
-        self.mesh = mesh
-        self.at = at
+    def __init__(self, find: Callable[[UInt8], tuple[Mapping[str, Any], int] | None]) -> None:
+        """`find`: landmarks as a persona's YAML has them, and the number of other faces."""
+        self.find = find
 
     def __call__(self, picture: UInt8) -> Face | None:
-        boxes = self.detect(picture)
-        if not boxes:
+        found = self.find(picture)
+        if found is None:
             return None
-
-        def rank(found: tuple[Box, float]) -> float:
-            x1, y1, x2, y2 = found[0]
-            if self.at is None:
-                return -float((x2 - x1) * (y2 - y1))
-            return math.hypot((x1 + x2) / 2 - self.at[0], (y1 + y2) / 2 - self.at[1])
-
-        (x1, y1, x2, y2), score = min(boxes, key=rank)
-        half = max(x2 - x1, y2 - y1) * 0.75
-        x, y = (x1 + x2) / 2, (y1 + y2) / 2
-        warp = np.array([[1, 0, half - x], [0, 1, half - y]]) * (self.SIDE / (2 * half))
-        small = cv2.warpAffine(picture, warp, (self.SIDE, self.SIDE), flags=cv2.INTER_LINEAR)
-        rgb = np.asarray(small, np.float32)[None, ..., ::-1] / 255.0
-        out = self.mesh({"input": np.ascontiguousarray(rgb)})
-        points = out["points"].reshape(-1, 3)[self.INDEX, :2]
-        found = points * (2 * half / self.SIDE) + (x - half, y - half)
-        return Face(found.astype(np.float32), score, len(boxes) - 1)
+        marks, others = found
+        return Face(from_yaml(marks), 1.0, others)
 
 
 @dataclass(frozen=True)
@@ -445,7 +409,9 @@ def from_yaml(data: Mapping[str, Any]) -> Points:
         bridge + (tip - bridge) * np.linspace(0, 1, 4, dtype=np.float32)[:, None],
         np.stack([left, (left + base) / 2, base, (right + base) / 2, right]),
         *eyes,
-        closed(outer, [0, 5 / 3, 10 / 3, 5, 20 / 3, 25 / 3, 10, 35 / 3, 40 / 3, 15, 50 / 3, 55 / 3]),
+        closed(
+            outer, [0, 5 / 3, 10 / 3, 5, 20 / 3, 25 / 3, 10, 35 / 3, 40 / 3, 15, 50 / 3, 55 / 3]
+        ),
         closed(inner, [0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5]),
     ]
     return np.concatenate(parts).astype(np.float32)
@@ -673,6 +639,152 @@ class Parser:
         return resample(mask, (crop.shape[1], crop.shape[0]), "bicubic")
 
 
+# --- avatars that MuseTalk's own script prepared --------------------------------------------------
+
+UPSTREAM = "avator_info.json"
+"""The file that such a folder has (its own spelling)."""
+
+
+class _Numbers(pickle.Unpickler):
+    """Lists of numbers, plain or numpy's, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("numpy", "dtype"): _number_type,
+            ("numpy.core.multiarray", "scalar"): _number,
+            ("numpy._core.multiarray", "scalar"): _number,
+            ("_codecs", "encode"): _latin,
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+        return known[module, name]
+
+
+def _number_type(kind: str, *_: object) -> np.dtype[Any]:
+    if str(kind) not in ("i2", "i4", "i8", "u1", "u2", "u4", "f4", "f8"):
+        raise pickle.UnpicklingError(f"{kind!r} is no type of number")
+    return np.dtype(str(kind))
+
+
+def _number(kind: object, data: object = b"") -> float:
+    if not isinstance(kind, np.dtype) or not isinstance(data, bytes):
+        raise pickle.UnpicklingError("a number is damaged")
+    return float(np.frombuffer(data, kind, 1)[0])
+
+
+def _latin(text: object, encoding: object = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("a number is damaged")
+    return text.encode("latin1")
+
+
+def read_boxes(path: Path, limit: int = 1 << 24) -> list[tuple[float, float, float, float]]:
+    """Boxes from one of the script's pickles, without running what is in it; AvatarError if it
+    holds anything but numbers."""
+    try:
+        if path.stat().st_size > limit:
+            raise pickle.UnpicklingError("it is too large for boxes")
+        with path.open("rb") as file:
+            rows = _Numbers(file).load()
+        boxes = [tuple(float(one) for one in row) for row in rows]
+    except (OSError, ValueError, TypeError, EOFError, LookupError, AttributeError) as error:
+        raise AvatarError(f"{path.name} can't be read as boxes: {error}") from None
+    except pickle.UnpicklingError as error:
+        raise AvatarError(f"{path.name} is refused: {error}") from None
+    if any(len(box) != 4 or not all(map(math.isfinite, box)) for box in boxes):
+        raise AvatarError(f"{path.name} does not hold boxes")
+    return [(a, b, c, d) for a, b, c, d in boxes]
+
+
+def import_loop(
+    folder: Path,
+    target: Path,
+    key: str,
+    data: Mapping[str, Any],
+    latents: Callable[[Path], Sequence[Float32]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """A folder that MuseTalk's real-time script prepared, as a loop: its first half, for the
+    second is the first backwards. `latents` reads `latents.pt`.
+
+    Only files of the known names directly in the folder are read, no links, no code. AvatarError
+    names what is missing or refused. Pictures without a face have no latents there: the lists are
+    brought into step again.
+    """
+    with locked(target):
+        ready = whole(target, key)
+        if ready is not None:
+            return ready
+        clear(target)
+        boxes = read_boxes(_plain(folder, "coords.pkl"))
+        crops_ = read_boxes(_plain(folder, "mask_coords.pkl"))
+        found = list(latents(_plain(folder, "latents.pt")))
+        n = (len(boxes) + 1) // 2
+        faces = [any(box) for box in boxes]
+        if n == 0 or len(crops_) != len(boxes):
+            raise AvatarError(f"{folder.name}: coords.pkl and mask_coords.pkl don't fit together")
+        if len(found) not in (len(boxes), sum(faces)):
+            raise AvatarError(
+                f"{folder.name}: {len(found)} latents for {len(boxes)} pictures: "
+                "prepare it again from its source"
+            )
+        order = iter(found)
+        rows = [next(order) if face or len(found) == len(boxes) else None for face in faces[:n]]
+        blank = np.zeros_like(found[0])
+        writer: LoopWriter | None = None
+        try:
+            for i in range(n):
+                picture = _image(folder, f"full_imgs/{i:08d}.png", cv2.IMREAD_COLOR)
+                h, w = (side_ & ~1 for side_ in picture.shape[:2])
+                writer = writer or LoopWriter(target, w, h)
+                if (w, h) != (writer.width, writer.height):
+                    raise AvatarError(f"{folder.name}: its pictures differ in size")
+                picture = np.ascontiguousarray(picture[:h, :w])
+                patch = None
+                if faces[i]:
+                    mask = _image(folder, f"mask/{i:08d}.png", cv2.IMREAD_GRAYSCALE)
+                    box, crop = _whole_box(boxes[i]), _whole_box(crops_[i])
+                    if mask.shape != (crop[3] - crop[1], crop[2] - crop[0]):
+                        raise AvatarError(f"{folder.name}: mask {i} has another size than its box")
+                    patch = make_patch(picture, box, mask, crop)
+                writer.add(picture, patch)
+                progress("importing", (i + 1) / n)
+            assert writer is not None
+            filled = [blank if row is None else row for row in rows]
+            writer.finish(np.stack(filled), {**data, "key": key})
+        finally:
+            if writer is not None:
+                writer.close()
+        ready = whole(target, key, hashes=False)
+        if ready is None:
+            raise AvatarError(f"{target.name} could not be written whole: is the disk full?")
+        return ready
+
+
+def _whole_box(box: tuple[float, float, float, float]) -> Box:
+    x1, y1, x2, y2 = (int(one) for one in box)
+    if not (-(1 << 15) < x1 < x2 < 1 << 15 and -(1 << 15) < y1 < y2 < 1 << 15):
+        raise AvatarError(f"the box {box} is not one")
+    return x1, y1, x2, y2
+
+
+def _plain(folder: Path, name: str) -> Path:
+    """A file of that name within the folder itself, not one that a link leads to."""
+    path = folder / name
+    if not path.is_file():
+        raise AvatarError(f"{folder.name} has no {name}: it is not an avatar of MuseTalk's script")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise AvatarError(f"{name} leads out of {folder.name}: refused")
+    return path
+
+
+def _image(folder: Path, name: str, how: int) -> UInt8:
+    image = cv2.imread(str(_plain(folder, name)), how)
+    if image is None:
+        raise AvatarError(f"{folder.name}/{name} can't be read as a picture")
+    return np.asarray(image, np.uint8)
+
+
 # --- advice ---------------------------------------------------------------------------------------
 
 
@@ -698,7 +810,9 @@ def advice(faces: Sequence[Face | None], boxes: Sequence[Box | None]) -> list[st
     said = []
     tall = float(np.median([b[3] - b[1] for _, b in found]))
     if tall < 100:
-        said.append(f"the face is {tall:.0f} pixels tall: below 100 it is too small to be drawn well")
+        said.append(
+            f"the face is {tall:.0f} pixels tall: below 100 it is too small to be drawn well"
+        )
     elif tall > 400:
         said.append(
             f"the face is {tall:.0f} pixels tall: the network draws 256, so it will look soft; "
@@ -710,7 +824,7 @@ def advice(faces: Sequence[Face | None], boxes: Sequence[Box | None]) -> list[st
     gaps = [opening(f.points) for f, _ in found]
     if np.median(gaps) > 0.15:
         said.append(
-            "the mouth is open in most pictures: idle footage with a closed mouth gives the best lips"
+            "the mouth is open in most pictures: footage with a closed mouth gives the best lips"
         )
     elif max(gaps) < 0.05:
         said.append("no teeth are seen in the source: their shape will be invented")
@@ -768,8 +882,8 @@ def prepare_loop(
         boxes = _boxes(faces, plan, clip.fit)
         if not any(box is not None for box in boxes):
             raise AvatarError(
-                f"no face was found in {clip.path.name}: use a frontal, well lit face of 100 pixels "
-                "or more, or write landmarks into the persona"
+                f"no face was found in {clip.path.name}: use a frontal, well lit face of 100 "
+                "pixels or more, or write landmarks into the persona"
             )
         said = advice(faces, boxes)
         for one in said:
@@ -796,9 +910,7 @@ def prepare_loop(
         return ready
 
 
-def _find(
-    clip: Clip, kept: Path, landmarker: Landmarker, progress: Progress
-) -> list[Face | None]:
+def _find(clip: Clip, kept: Path, landmarker: Landmarker, progress: Progress) -> list[Face | None]:
     """A face, or none, for every picture of the clip."""
     # one row a picture: score (-1: no face), others, 136 coordinates
     rows: list[Float32] = []

@@ -117,7 +117,8 @@ def load_recipe(which: str | Path) -> Recipe:
         known = {one.stem: one for folder in recipe_folders() for one in folder.glob("*.yaml")}
         if str(which) not in known:
             raise ConfigError(
-                f"there is no recipe {str(which)!r}; there are: {', '.join(sorted(known)) or 'none'}"
+                f"there is no recipe {str(which)!r}; "
+                f"there are: {', '.join(sorted(known)) or 'none'}"
             )
         path = known[str(which)]
     try:
@@ -154,7 +155,9 @@ class State:
 
     @property
     def usable(self) -> bool:
-        return self.state in ("good", "unchecked") or (self.file.optional and self.state == "missing")
+        return self.state in ("good", "unchecked") or (
+            self.file.optional and self.state == "missing"
+        )
 
 
 def verify(recipe: Recipe, folder: Path) -> list[State]:
@@ -311,12 +314,13 @@ def _download(
                 raise TimeoutError("the connection ended early")
             return
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 416 and have:
                 return  # nothing is left to send
             if error.code in (401, 403, 404, 410):
                 raise TransportError(
-                    f"{url} answers {error.code}: the file was moved or needs a login; use a mirror "
-                    "or `voipavatar models import`",
+                    f"{url} answers {error.code}: the file was moved or needs a login; a mirror "
+                    "or `voipavatar models import` may help",
                     retryable=False,
                 ) from None
             left -= 1

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from .avatar import Loop, file_digest, write_atomic
 from .config import Settings
 from .engines import Avatar
 from .engines.musetalk import (
+    BUILT_ROWS,
     Ear,
     Hearing,
     MuseTalk,
@@ -92,13 +94,12 @@ def parts(recipe: Recipe, folder: Path) -> Iterator[Part]:
         return rng.standard_normal(shape).astype(np.float32)
 
     mel = np.clip(noise(2, hearing.mels, 2 * hearing.positions) * 0.4, -1.0, 1.5)
-    rows = np.stack([np.arange(12), np.arange(12) + hearing.positions // 2]).astype(np.int64)
+    first = np.arange(BUILT_ROWS, dtype=np.int64)
+    rows = np.stack([first, first + hearing.positions // 2])
     tokens = 10 * (hearing.layers + 1)
     y, x = np.mgrid[0:256, 0:256].astype(np.float32) / 128 - 1
     picture = np.stack([np.stack([x, y, x * y]), np.stack([y, -x, -y])]).astype(np.float32)
-    yield Part(
-        "hear", lambda dtype: nets.Hear(files.whisper(dtype)), {"mel": mel, "rows": rows}
-    )
+    yield Part("hear", lambda dtype: nets.Hear(files.whisper(dtype)), {"mel": mel, "rows": rows})
     yield Part(
         "imagine",
         lambda dtype: nets.Imagine(files.unet(dtype)),
@@ -181,24 +182,23 @@ def build(
             if weights is not None:
                 weights(part.name, module)
             path = stage / f"{part.name}.onnx"
-            examples = [torch.from_numpy(part.feeds[name]) for name in _inputs(module)]
-            export_onnx(module, examples, path)
-            del module
+            # tracing computes once: in half precision a CPU takes minutes for it
+            place = "cuda" if torch.cuda.is_available() else "cpu"
+            names = tuple(getattr(module, "inputs"))  # noqa: B009
+            examples = [torch.from_numpy(part.feeds[name]).to(place) for name in names]
+            export_onnx(module.to(place), examples, path)
+            del module, examples
             progress(f"{part.name}: proving", share + 0.4 / len(todo))
             checked = OnnxRuntime(path)
             gates[part.name] = golden_gate(checked, want, at, f"{part.name}.onnx")
             checked.close()
             if kind == "onnxruntime" or not part.plan:
                 continue
-            np.savez(
-                stage / f"{part.name}.golden.npz",
-                **{f"in_{k}": v for k, v in want.feeds.items()},
-                **{f"out_{k}": v for k, v in want.wants.items()},
-            )
+            arrays: dict[str, Any] = {f"in_{k}": v for k, v in want.feeds.items()}
+            arrays |= {f"out_{k}": v for k, v in want.wants.items()}
+            np.savez(stage / f"{part.name}.golden.npz", **arrays)
             progress(f"{part.name}: compiling", share + 0.6 / len(todo))
             shapes = {k: v.shape[1:] for k, v in part.feeds.items()}
-            if part.name == "hear":
-                shapes["rows"] = (_reach(options),)
             plans[part.name] = build_plan(
                 path, stage / f"{part.name}.plan", kind, Profile(shapes), archs
             )
@@ -272,14 +272,6 @@ def import_torch() -> None:
         raise missing("torch", "musetalk") from None
 
 
-def _inputs(module: torch.nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(module, "inputs"))  # noqa: B009
-
-
-def _reach(options: Options) -> int:
-    return Hearing(options.fps, options.step).reach
-
-
 def _version(package: str) -> str:
     from importlib import metadata
 
@@ -316,7 +308,7 @@ def _one(networks: Networks, name: str, batch: int = 1) -> dict[str, npt.NDArray
         return rng.standard_normal((batch, *shape)).astype(np.float32)
 
     if name == "hear":
-        rows = np.repeat(np.arange(12, dtype=np.int64)[None], batch, 0)
+        rows = np.repeat(np.arange(BUILT_ROWS, dtype=np.int64)[None], batch, 0)
         return {"mel": noise(networks.mels, 2 * networks.positions), "rows": rows}
     if name == "imagine":
         tokens = 10 * networks.layers
@@ -373,7 +365,7 @@ def bench(
     for n in batches:
         progress(f"stages, batch {n}", 0.5 * batches.index(n) / len(batches))
         stages[str(n)] = {
-            name: round(timed(lambda r=run, f=_one(networks, name, n): r(f), seconds / 4), 3)  # type: ignore[misc]
+            name: round(timed(partial(run, _one(networks, name, n)), seconds / 4), 3)
             for name, run in (
                 ("hear", networks.hear),
                 ("imagine", networks.imagine),
@@ -491,7 +483,7 @@ def _memory(device: str) -> float:
         try:
             import torch
 
-            return round(torch.cuda.max_memory_reserved(device) / 1e6)
+            return float(torch.cuda.max_memory_reserved(device) // 1_000_000)
         except (ImportError, RuntimeError):
             return 0.0
     import resource
@@ -563,4 +555,3 @@ def check_weights(recipe: Recipe, folder: Path) -> None:
                 continue
             require(recipe, folder, net.weights)
             load()
-

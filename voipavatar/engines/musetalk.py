@@ -17,23 +17,35 @@ therefore a function of the sound alone, however it was cut into pushes.
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..avatar import Loop, digest, file_digest, fold, paste
+from ..avatar import Box, Loop, digest, file_digest, fold, paste
 from ..config import Settings
-from ..errors import ConfigError, EngineError
-from ..faces import Box, Clip, DwPose, Given, Landmarker, Mesh, Parser, Plan, from_yaml, prepare_loop
+from ..errors import AvatarError, ConfigError, EngineError
+from ..faces import (
+    UPSTREAM,
+    Clip,
+    DwPose,
+    Given,
+    Landmarker,
+    Mesh,
+    Parser,
+    Plan,
+    from_yaml,
+    import_loop,
+    prepare_loop,
+)
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps, frames_for, slice_start
 from ..models import Recipe, load_recipe
 from . import Avatar, EngineInfo, Job, Progress, Spec
@@ -67,6 +79,9 @@ WINDOW = 10
 
 BEFORE = 4
 """How many of them lie before the frame's first sample: rows 2i - 4 to 2i + 5 at 25 fps."""
+
+BUILT_ROWS = 24
+"""Rows of one hearing in exported networks, whose shapes are fixed: steps of 8 at 25 fps."""
 
 HEARD = 2120
 """Samples after a frame's first that its last row depends on: 5 rows and 32.5 ms of mel window."""
@@ -206,13 +221,13 @@ class Segment:
     def __init__(
         self, start: int, rows: int, mels: int, earlier: Segment | None, running: bool
     ) -> None:
-        """`start`: the turn's sample that is the first here; below 0 there is silence.
+        """`start`: the turn's sample that is the first here.
         `running`: the maximum is that of the turn so far, not of this segment alone."""
         self.start = start
         self.rows = rows
         self.mels = mels
         self.pcm = np.zeros(rows * ROW, np.float32)
-        self.length = max(0, -start)
+        self.length = 0
         self._earlier = earlier
         self._running = running
         self._blocks: list[Float32] = []
@@ -355,10 +370,7 @@ class Ear:
         self.samples = 0
         self.frames = 0
         self._context = min(100, h.positions // 5)  # rows kept to the left of a seam
-        # 80 ms of silence before the turn: real rows where MuseTalk puts zeros
-        self._segment = Segment(
-            0 if h.offline else -BEFORE * ROW, h.positions, h.mels, None, not h.offline
-        )
+        self._segment = Segment(0, h.positions, h.mels, None, not h.offline)
         self._segments = [self._segment]  # all, when offline
         self._levels: list[float] = []
         self._loudest = 0.0
@@ -449,6 +461,8 @@ class Ear:
             return self._cut_windows(first, until)
         segment = self._segment
         base = h.base(first) - segment.start // ROW
+        # before the turn's first row there is that row again, where MuseTalk's scripts put zeros:
+        # whisper never says zero, and a mouth jumps at it
         rows = np.clip(np.arange(base, base + h.reach), 0, h.positions - 1)
         hop = Hop(segment, min(end - segment.start, segment.length), rows)
         return [
@@ -504,7 +518,7 @@ class Ear:
             a, b = max(0, lo - segment.start), min(segment.length, hi - segment.start)
             if b > a:
                 power += float(np.square(segment.pcm[a:b]).sum())
-        return (power / max(1, hi - lo)) ** 0.5
+        return float(np.sqrt(power / max(1, hi - lo)))
 
 
 # --- a session ------------------------------------------------------------------------------------
@@ -556,6 +570,11 @@ class MuseTalkSession:
     @property
     def spec(self) -> Spec:
         return self._spec
+
+    @property
+    def reach(self) -> int:
+        """Rows of one hearing."""
+        return self._hearing.reach
 
     def push(self, pcm: Float32) -> list[Job]:
         self._after.clear()
@@ -636,6 +655,8 @@ class Networks:
     """Batches that are run; the last is the largest."""
     key: str
     """Names the weights that decide what is prepared and drawn."""
+    built: bool = False
+    """Exported: every hearing has `BUILT_ROWS` rows."""
     spare: list[Runtime] = field(default_factory=list)
     failed: bool = False
 
@@ -648,10 +669,12 @@ class Networks:
         """(B, R, layers, width): what whisper makes of each hop's rows."""
         mel = np.stack([hop.mel() for hop in hops])
         rows = np.stack([hop.rows for hop in hops])
+        if self.built:
+            rows = np.pad(rows, ((0, 0), (0, BUILT_ROWS - rows.shape[1])), mode="edge")
         return np.asarray(batched(self.hear, {"mel": mel, "rows": rows}, self.sizes)["heard"])
 
     def faces(self, latents: Float32, heard: Float32) -> tuple[UInt8, npt.NDArray[np.bool_]]:
-        """(B, 8, 32, 32) and (B, 50, width) -> (B, 256, 256, 3) BGR, and which of them are sound."""
+        """(B, 8, 32, 32), (B, 50, width) -> (B, 256, 256, 3) BGR, and which of them are sound."""
         feeds = {"latents": latents, "heard": heard}
         latent = batched(self.imagine, feeds, self.sizes)["latent"]
         good = np.isfinite(latent).all((1, 2, 3))
@@ -679,7 +702,9 @@ def built_folder(recipe: str, runtime: str, precision: str, settings: Settings) 
     return settings.cache_dir / "engines" / f"{recipe}-{runtime}-{precision}"
 
 
-def torch_networks(recipe: Recipe, folder: Path, device: str, precision: Precision) -> Networks:
+def torch_networks(
+    recipe: Recipe, folder: Path, device: str, precision: Precision, legacy: bool = False
+) -> Networks:
     """The recipe's checkpoints, in torch."""
     try:
         import torch  # noqa: F401
@@ -710,7 +735,7 @@ def torch_networks(recipe: Recipe, folder: Path, device: str, precision: Precisi
 
     return Networks(
         recipe=recipe,
-        hear=runtime(nets.Hear(files.whisper(dtype))),
+        hear=runtime(nets.Hear(files.whisper(dtype, legacy))),
         imagine=runtime(nets.Imagine(files.unet(dtype))),
         draw=runtime(nets.Draw(files.vae(dtype))),
         # latents are made once and shown for ever: always fp32
@@ -798,6 +823,7 @@ def built_networks(
         mels=int(whisper["mels"]),
         sizes=(1,) if device == "cpu" else BATCHES,
         key=str(said["key"]["weights"]),
+        built=True,
     )
     if kind != "onnxruntime":
         _prove(networks, artefacts, precision, arch)
@@ -829,11 +855,25 @@ def _prove(networks: Networks, artefacts: Artefacts, precision: Precision, arch:
 # --- the engine -----------------------------------------------------------------------------------
 
 
+class Finder(Protocol):
+    """Finds a face in a picture by itself."""
+
+    def __call__(
+        self, picture: UInt8, at: tuple[float, float] | None
+    ) -> tuple[Mapping[str, Any], int] | None:
+        """Finds the face nearest to a point (or the largest) in a BGR picture: its landmarks as a
+        persona's YAML holds them, and how many other faces there are. None when there is none."""
+
+
 class MuseTalk:
     """Makes avatars and draws them. Networks are loaded when the first persona asks for them."""
 
-    def __init__(self, settings: Settings, device: str | None = None) -> None:
+    def __init__(
+        self, settings: Settings, device: str | None = None, finder: Finder | None = None
+    ) -> None:
+        """`finder` serves `landmarker: mesh`, the way without DWPose's weights."""
         self._settings = settings
+        self._finder = finder
         self._device = device or default_device()
         self._networks: dict[tuple[str, ...], Networks] = {}
         self._closed = False
@@ -857,13 +897,24 @@ class MuseTalk:
         device = options.device or self._device
         precision = options.precision or ("fp32" if device == "cpu" else "fp16")
         folder = models_folder(options, self._settings)
-        key = (recipe.name, options.runtime, precision, device, str(folder), str(options.legacy_audio))
+        key = (
+            recipe.name,
+            options.runtime,
+            precision,
+            device,
+            str(folder),
+            str(options.legacy_audio),
+        )
         with self._lock:
             if key not in self._networks:
                 if options.runtime == "torch":
-                    made = torch_networks(recipe, folder, device, precision)
+                    made = torch_networks(recipe, folder, device, precision, options.legacy_audio)
+                elif options.legacy_audio:
+                    raise ConfigError("engine_options.legacy_audio: needs runtime: torch")
                 else:
-                    made = built_networks(recipe, self._settings, options.runtime, device, precision)
+                    made = built_networks(
+                        recipe, self._settings, options.runtime, device, precision
+                    )
                 if recipe.generated is None:
                     self_test(made)
                 self._networks[key] = made
@@ -873,6 +924,8 @@ class MuseTalk:
         self, source: Path, target: Path, options: dict[str, Any], progress: Progress
     ) -> Avatar:
         chosen, recipe = read_options(options)
+        if source.name == UPSTREAM:
+            return self._import(source, target, chosen, recipe, progress)
         networks = self.networks(chosen, recipe)
         clip = Clip(
             source,
@@ -919,43 +972,67 @@ class MuseTalk:
         avatar_options = chosen.model_dump(mode="json", exclude={"landmarks"})
         return Avatar(target, int(manifest["width"]), int(manifest["height"]), avatar_options)
 
-    def _landmarker(
-        self, options: Options, recipe: Recipe, clip: Clip
-    ) -> tuple[Landmarker, str]:
+    def _import(
+        self, source: Path, target: Path, options: Options, recipe: Recipe, progress: Progress
+    ) -> Avatar:
+        """An avatar that MuseTalk's own script prepared: `source` is the JSON in its folder."""
+        folder = source.parent
+
+        def latents(path: Path) -> list[Float32]:
+            try:
+                import torch
+            except ImportError:
+                raise missing("torch", "musetalk") from None
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                return [one.float().numpy().reshape(8, *one.shape[-2:]) for one in found]
+            except pickle.UnpicklingError:
+                raise AvatarError("latents.pt is refused: it wants to run code") from None
+            except (
+                RuntimeError,
+                ValueError,
+                OSError,
+                AttributeError,
+                TypeError,
+                EOFError,
+            ) as error:
+                text = str(error).splitlines()[0]
+                raise AvatarError(f"latents.pt is refused or damaged: {text}") from None
+
+        names = [folder / name for name in ("coords.pkl", "mask_coords.pkl", "latents.pt")]
+        content = [file_digest(path) for path in names if path.is_file()]
+        about = {"engine": "musetalk", "version": VERSION, "source": folder.name}
+        manifest = import_loop(
+            folder, target, digest(VERSION, "imported", content), about, latents, progress
+        )
+        avatar_options = options.model_dump(mode="json", exclude={"landmarks"})
+        return Avatar(target, int(manifest["width"]), int(manifest["height"]), avatar_options)
+
+    def _landmarker(self, options: Options, recipe: Recipe, clip: Clip) -> tuple[Landmarker, str]:
         """The landmarker a persona asks for, and its name."""
         folder = models_folder(options, self._settings)
         how = options.landmarker
         dwpose = recipe.networks.get("landmarks")
-        mesh = mesh_files(folder)
+        there = dwpose is not None and (folder / dwpose.weights).is_file()
         if how == "auto":
-            how = (
-                "given"
-                if options.landmarks
-                else "dwpose"
-                if dwpose is not None and (folder / dwpose.weights).is_file()
-                else "mesh"
-            )
-            if how == "mesh" and mesh is None:
-                raise ConfigError(
-                    "nothing here finds a face: write landmarks into the persona, or run "
-                    "`voipavatar models pull musetalk-v15` for DWPose, or put MediaPipe's "
-                    f"{' and '.join(MESH)} into {folder / 'mediapipe'}"
-                )
+            how = "given" if options.landmarks else "dwpose" if there else "mesh"
         if how == "given":
             if not options.landmarks:
                 raise ConfigError("landmarker: given, but the persona has no landmarks")
             return Given(clip.fit.points(from_yaml(options.landmarks))), how
-        if how == "dwpose":
-            if dwpose is None or not (folder / dwpose.weights).is_file():
+        if how == "mesh":
+            if self._finder is None:
                 raise ConfigError(
-                    "DWPose's weights are not in the models folder: run "
-                    f"`voipavatar models pull {recipe.name}`"
+                    "nothing here finds a face by itself: write landmarks into the persona, or run "
+                    f"`voipavatar models pull {recipe.name}` for DWPose"
                 )
-            run = OnnxRuntime(folder / dwpose.weights)
-            return DwPose(run, region=options.region), how
-        if mesh is None:
-            raise ConfigError(f"MediaPipe's {' and '.join(MESH)} are not in {folder / 'mediapipe'}")
-        return Mesh(*mesh_networks(*mesh), at=options.face_at), how
+            return Mesh(partial(self._finder, at=options.face_at)), how
+        if dwpose is None or not there:
+            raise ConfigError(
+                "DWPose's weights are not in the models folder: run `voipavatar models pull "
+                f"{recipe.name}`, or write landmarks into the persona"
+            )
+        return DwPose(OnnxRuntime(folder / dwpose.weights), region=options.region), how
 
     def _parser(
         self, options: Options, recipe: Recipe, networks: Networks
@@ -980,7 +1057,12 @@ class MuseTalk:
     def open(self, avatar: Avatar) -> MuseTalkSession:
         options, recipe = read_options(avatar.options)
         networks = self.networks(options, recipe)
-        return MuseTalkSession(options, networks, Loop(avatar.path))
+        session = MuseTalkSession(options, networks, Loop(avatar.path))
+        if networks.built and session.reach > BUILT_ROWS:
+            raise ConfigError(
+                "engine_options: offline hearing, or so large a step, needs runtime: torch"
+            )
+        return session
 
     def render(self, jobs: Sequence[Job]) -> list[UInt8]:
         shots: list[Shot] = [job.data for job in jobs]
@@ -1059,70 +1141,3 @@ def self_test(networks: Networks) -> None:
             "not sd-vae-ft-mse's, or the precision is too small for this device. Run `voipavatar "
             f"models verify {networks.recipe.name}`, or set precision: fp32"
         )
-
-
-# --- MediaPipe's mesh -----------------------------------------------------------------------------
-
-MESH = ("face_detection_short_range.tflite", "face_landmark.tflite")
-"""Files of MediaPipe (Apache-2.0), which old wheels of it and others contain."""
-
-
-def mesh_files(folder: Path) -> tuple[Path, Path] | None:
-    """Detector and mesh, if they are in the models folder."""
-    first, second = (folder / "mediapipe" / name for name in MESH)
-    return (first, second) if first.is_file() and second.is_file() else None
-
-
-def mesh_networks(
-    detector: Path, mesh: Path
-) -> tuple[Callable[[UInt8], list[tuple[Box, float]]], Callable[[Any], dict[str, Any]]]:
-    """Both networks through OpenCV, which reads TFLite."""
-    try:
-        find = cv2.dnn.readNetFromTFLite(str(detector))
-        points = cv2.dnn.readNetFromTFLite(str(mesh))
-    except cv2.error as error:
-        raise ConfigError(f"MediaPipe's networks can't be read: {error.err}") from None
-    anchors = _anchors()
-
-    def detect(picture: UInt8) -> list[tuple[Box, float]]:
-        h, w = picture.shape[:2]
-        side = max(h, w)
-        square = np.zeros((side, side, 3), np.uint8)
-        square[:h, :w] = picture
-        small = np.asarray(cv2.resize(square, (128, 128), interpolation=cv2.INTER_AREA))
-        feed = (small[..., ::-1].astype(np.float32) / 127.5 - 1.0).transpose(2, 0, 1)[None]
-        find.setInput(np.ascontiguousarray(feed))
-        out = {o.size: o for o in find.forward(find.getUnconnectedOutLayersNames())}
-        boxes = out[896 * 16].reshape(896, 16)
-        scores = 1 / (1 + np.exp(-np.clip(out[896].reshape(-1), -80, 80)))
-        centre = boxes[:, :2] / 128 + anchors
-        size = boxes[:, 2:4] / 128
-        found: list[tuple[Box, float]] = []
-        for i in np.argsort(-scores):
-            if scores[i] < 0.5:
-                break
-            x1, y1 = (centre[i] - size[i] / 2) * side
-            x2, y2 = (centre[i] + size[i] / 2) * side
-            mid = ((x1 + x2) / 2, (y1 + y2) / 2)
-            if all(not (b[0] < mid[0] < b[2] and b[1] < mid[1] < b[3]) for b, _ in found):
-                found.append(((int(x1), int(y1), int(x2), int(y2)), float(scores[i])))
-        return found
-
-    def run(feeds: Any) -> dict[str, Any]:
-        points.setInput(np.ascontiguousarray(feeds["input"].transpose(0, 3, 1, 2)))
-        out = points.forward(points.getUnconnectedOutLayersNames())
-        largest = max(out, key=lambda one: one.size)
-        return {"points": largest.reshape(-1, 3)}
-
-    return detect, run
-
-
-def _anchors() -> Float32:
-    """(896, 2): centres of the short-range detector's cells: 16 x 16 twice, 8 x 8 six times."""
-    out = []
-    for cells, each in ((16, 2), (8, 6)):
-        y, x = np.mgrid[0:cells, 0:cells]
-        centre = np.stack([(x + 0.5) / cells, (y + 0.5) / cells], -1).reshape(-1, 2)
-        out.append(np.repeat(centre, each, 0))
-    return np.concatenate(out).astype(np.float32)
-

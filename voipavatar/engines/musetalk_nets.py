@@ -468,7 +468,9 @@ class Encoder(nn.Module):
         for i, out in enumerate(ch):
             widths = [inp] + [out] * (c.layers - 1)
             down = Sampler(out, up=False, uneven=True) if i < len(ch) - 1 else None
-            self.down_blocks.append(Block([Resnet(w, out, c.groups, 1e-6) for w in widths], (), down))
+            self.down_blocks.append(
+                Block([Resnet(w, out, c.groups, 1e-6) for w in widths], (), down)
+            )
             inp = out
         self.mid_block = PixelMiddle(ch[-1], c.groups)
         self.conv_norm_out = Norm(c.groups, ch[-1], 1e-6)
@@ -736,13 +738,18 @@ class BiSeNet(nn.Module):
 def positions(tokens: int, width: int) -> Tensor:
     """(1, tokens, width), fp32: sin and cos by turns, the table MuseTalk adds to the sound."""
     where = torch.arange(tokens, dtype=torch.float32).unsqueeze(1)
-    rate = torch.exp(
-        torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width)
-    )
+    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
     table = torch.zeros(1, tokens, width)
     table[0, :, 0::2] = torch.sin(where * rate)
     table[0, :, 1::2] = torch.cos(where * rate)
     return table
+
+
+def sinusoids(rows: int, width: int) -> Tensor:
+    """(rows, width): whisper's own positions, sines in one half and cosines in the other."""
+    rate = torch.exp(-math.log(10000.0) / (width // 2 - 1) * torch.arange(width // 2))
+    angle = torch.arange(rows).unsqueeze(1) * rate
+    return torch.cat([angle.sin(), angle.cos()], 1)
 
 
 class Hear(nn.Module):
@@ -909,9 +916,7 @@ def whisper_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _fill(
-    net: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, what: str
-) -> nn.Module:
+def _fill(net: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> nn.Module:
     """Weights into a net that was made on the `meta` device; `what` starts the complaint."""
     wanted = net.state_dict()
     # counters of batch norms are younger than some files
@@ -1076,7 +1081,9 @@ def generate(recipe: Recipe, folder: Path, seed: int = 0) -> None:
     made: dict[str, nn.Module] = {}
     taken = [net.weights for net in recipe.networks.values() if (folder / net.weights).exists()]
     if taken:
-        raise ConfigError(f"{folder / taken[0]} is there already: random weights need another folder")
+        raise ConfigError(
+            f"{folder / taken[0]} is there already: random weights need another folder"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, net in recipe.networks.items():
@@ -1089,7 +1096,10 @@ def generate(recipe: Recipe, folder: Path, seed: int = 0) -> None:
             elif name == "vae":
                 made[name] = VAE(VAEConfig.from_json(data))
             elif name == "whisper":
-                made[name] = Whisper(WhisperConfig.from_json(data))
+                made[name] = whisper = Whisper(WhisperConfig.from_json(data))
+                whisper.embed_positions.weight.data = sinusoids(
+                    *whisper.embed_positions.weight.shape
+                )
             elif name == "parser":
                 made[name] = BiSeNet()
             else:
@@ -1110,6 +1120,4 @@ def generate(recipe: Recipe, folder: Path, seed: int = 0) -> None:
 
 def _save(path: Path, state: dict[str, Tensor], new: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(
-        path, lambda beside: torch.save(state, beside, _use_new_zipfile_serialization=new)
-    )
+    write_atomic(path, lambda beside: torch.save(state, beside, _use_new_zipfile_serialization=new))

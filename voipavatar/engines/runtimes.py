@@ -113,12 +113,14 @@ class TorchRuntime:
         self.inputs: tuple[str, ...] = tuple(getattr(module, "inputs"))  # noqa: B009
         self.outputs: tuple[str, ...] = tuple(getattr(module, "outputs"))  # noqa: B009
         self._graphs: dict[tuple[Any, ...], Any] = {}
+        self._pool: Any = None  # one for all graphs: what they give is copied before the next runs
         self._capture = self.device.type == "cuda"
 
     def __call__(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         import torch
 
-        host = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self.inputs]
+        # what is mapped from disk can't be written, and torch wants to be able to
+        host = [torch.from_numpy(np.require(feeds[name], None, ["C", "W"])) for name in self.inputs]
         with torch.inference_mode():
             if self._capture:
                 out = self._replay(host)
@@ -159,8 +161,9 @@ class TorchRuntime:
                 self.module(*inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             outputs = self.module(*inputs)
+        self._pool = graph.pool()
         return graph, inputs, outputs
 
     def close(self) -> None:
@@ -310,7 +313,9 @@ class TensorRt:
                 array = feeds[name]
                 host, there = self._own[name]
                 if array.size > host.size:
-                    raise EngineError(f"a batch of {len(array)} is more than the plan was built for")
+                    raise EngineError(
+                        f"a batch of {len(array)} is more than the plan was built for"
+                    )
                 np.copyto(host[: array.size], array.reshape(-1), casting="same_kind")
                 self._context.set_input_shape(name, array.shape)
                 cuda.memcpy_htod_async(there, host[: array.size], self._stream)
@@ -430,9 +435,7 @@ def build_plan(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     shapes = builder.create_optimization_profile()
     for name, shape in profile.shapes.items():
-        shapes.set_shape(
-            name, *((n, *shape) for n in (profile.least, profile.best, profile.most))
-        )
+        shapes.set_shape(name, *((n, *shape) for n in (profile.least, profile.best, profile.most)))
     config.add_optimization_profile(shapes)
     if archs:
         if kind != "tensorrt_rtx":
@@ -572,7 +575,9 @@ class Artefacts:
             raise ConfigError(f"{self.folder.name} is not built yet: run `{command}`")
         for name, value in asdict(key).items():
             value = list(value) if isinstance(value, tuple) else value
-            fits = value in self.data.get("archs", []) if name == "arch" else value == have.get(name)
+            fits = (
+                value in self.data.get("archs", []) if name == "arch" else value == have.get(name)
+            )
             if not fits and not (name == "arch" and value == "any"):
                 raise ConfigError(
                     f"{self.folder.name} was built for {name} {have.get(name)}, this is {value}: "
@@ -602,7 +607,7 @@ class Artefacts:
 def timed(run: Callable[[], object], seconds: float = 1.0, least: int = 3) -> float:
     """Milliseconds a call, the median of as many as fit into `seconds`."""
     run()
-    took = []
+    took: list[float] = []
     end = time.perf_counter() + seconds
     while len(took) < least or time.perf_counter() < end:
         start = time.perf_counter()

