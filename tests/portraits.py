@@ -46,7 +46,7 @@ def cartoon() -> Picture:
 
 def painting() -> Picture:
     """Strokes: every patch one colour."""
-    picture = persona("default")
+    picture = persona("clara")
     smooth = cv2.bilateralFilter(picture, 11, 60, 9)
     small = cv2.medianBlur(np.asarray(smooth, np.uint8), 7)
     steps = np.asarray(np.rint(small / 12.0) * 12, np.uint8)
@@ -57,7 +57,7 @@ def painting() -> Picture:
 
 def pencil() -> Picture:
     """Grey lines on paper."""
-    grey = cv2.cvtColor(persona("default"), cv2.COLOR_BGR2GRAY).astype(np.float32)
+    grey = cv2.cvtColor(persona("clara"), cv2.COLOR_BGR2GRAY).astype(np.float32)
     soft = cv2.GaussianBlur(grey, (0, 0), 7)
     lines = np.clip(grey / np.maximum(soft, 1) * 245, 0, 255)
     shade = 0.72 * lines + 0.28 * grey
@@ -66,7 +66,7 @@ def pencil() -> Picture:
 
 def old_photo() -> Picture:
     """Grey, grainy, soft."""
-    grey = cv2.cvtColor(persona("default"), cv2.COLOR_BGR2GRAY).astype(np.float32)
+    grey = cv2.cvtColor(persona("clara"), cv2.COLOR_BGR2GRAY).astype(np.float32)
     soft = cv2.GaussianBlur(grey, (0, 0), 1.6) * 0.8 + 30
     grain = np.random.default_rng(4).normal(0, 9, grey.shape)
     return np.repeat(np.clip(soft + grain, 0, 255)[..., None], 3, 2).astype(np.uint8)
@@ -74,7 +74,7 @@ def old_photo() -> Picture:
 
 def tilted() -> Picture:
     """The head held askew by 14 degrees, off the middle."""
-    picture = persona("default")
+    picture = persona("clara")
     height, width = picture.shape[:2]
     turn = cv2.getRotationMatrix2D((width / 2, height / 2), 14, 0.9)
     turn[0, 2] -= 90
@@ -84,8 +84,8 @@ def tilted() -> Picture:
 
 def bearded() -> Picture:
     """Glasses, and a beard around the mouth."""
-    picture = persona("default")
-    marks = landmarks("default")
+    picture = persona("clara")
+    marks = landmarks("clara")
     overlay = picture.copy()
     jaw = np.asarray(marks["jaw"], np.float64)
     lips = np.asarray(marks["outer_lips"], np.float64)
@@ -117,7 +117,7 @@ def bearded() -> Picture:
 
 def crowd() -> Picture:
     """Two faces, the right one smaller."""
-    left = cv2.resize(persona("default"), (960, 540), interpolation=cv2.INTER_AREA)
+    left = cv2.resize(persona("clara"), (960, 540), interpolation=cv2.INTER_AREA)
     right = cv2.resize(left, (480, 270), interpolation=cv2.INTER_AREA)
     out = np.full((540, 1440, 3), 200, np.uint8)
     out[:, :960] = left

@@ -185,7 +185,7 @@ class Found:
                 f"the head is turned aside by about {abs(self.yaw):.0f} degrees: the mouth will "
                 "look best from the front; use a portrait that looks at the viewer"
             )
-        if abs(self.roll) > 14:
+        if abs(self.roll) > 12:
             out.append(f"the head is tilted by {abs(self.roll):.0f} degrees: it will stay so")
         if self.presence < 0.5 or self.score < 0.5:
             out.append(
