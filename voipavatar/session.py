@@ -101,6 +101,11 @@ class Utterance:
     def done(self) -> bool:
         return self.finished.done()
 
+    @property
+    def backlog(self) -> float:
+        """Seconds that were pushed and not shown yet."""
+        return self._session.stage.backlog_of(self.turn)
+
     def push(self, pcm: Int16, rate: int, cues: Sequence[Cue] = ()) -> None:
         """int16 mono. After the end of the turn it is dropped; InputError when too much waits."""
         self._session.stage.push(self.turn, pcm, rate, cues)
