@@ -123,7 +123,7 @@ class _Notice:
 
 
 class AgentStream:
-    """Listens in the avatar's own room, as a guest of the room sink, and speaks through `open_turn`.
+    """Listens in the avatar's own room, as a guest of its sink, and speaks through `open_turn`.
 
     `agent` is the identity to listen to; without it the first agent that sends is taken. While
     the one that was listened to is in the room nobody else is; once it is gone, any agent may take

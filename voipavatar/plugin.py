@@ -446,7 +446,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if self._voice is not None:
             await self._voice.aclose()
         if self._api is not None:
-            await self._api.aclose()  # type: ignore[no-untyped-call]
+            await self._api.aclose()
             self._api = None
         if self._mode == "local" or self._avatar is not None:
             self._room = None  # it left by itself: nobody is to be removed
