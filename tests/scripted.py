@@ -33,9 +33,7 @@ def token(livekit: LiveKitServer, room: str, identity: str, kind: Any = "standar
         api.AccessToken(livekit.api_key, livekit.api_secret)
         .with_kind(kind)
         .with_identity(identity)
-        .with_grants(
-            api.VideoGrants(room_join=True, room=room, can_update_own_metadata=True)
-        )
+        .with_grants(api.VideoGrants(room_join=True, room=room, can_update_own_metadata=True))
         .to_jwt()
     )
 
@@ -90,7 +88,7 @@ class _Tone(tts.ChunkedStream):
         output_emitter.flush()
 
 
-class ScriptedLLM(llm.LLM):
+class ScriptedLLM(llm.LLM[Any]):
     """Answers every user turn with the next line of the script."""
 
     def __init__(self, *lines: str) -> None:

@@ -119,9 +119,7 @@ async def test_what_is_missing_is_named(
             await avatar.start(session, room, **keys(livekit))
         wrong = AvatarSession(persona=CLAPPER)
         with pytest.raises(Exception, match="LIVEKIT_API_SECRET"):
-            await wrong.start(
-                session, room, **{**keys(livekit), "livekit_api_secret": "x" * 40}
-            )
+            await wrong.start(session, room, **{**keys(livekit), "livekit_api_secret": "x" * 40})
         assert session.output.audio is None
         assert not room.remote_participants
         await session.aclose()

@@ -13,12 +13,11 @@ time), asks to be silent by RPC (`lk.clear_buffer`), and waits to be told what w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,7 +64,9 @@ class Turn(Protocol):
     @property
     def started(self) -> asyncio.Future[float | None]: ...
     @property
-    def finished(self) -> asyncio.Future[Played]: ...
+    def finished(self) -> asyncio.Future[Any]:
+        """Resolves to a `Played`."""
+
     @property
     def backlog(self) -> float:
         """Seconds that were pushed and not shown yet."""
@@ -125,12 +126,14 @@ class _Notice:
 class AgentStream:
     """Listens in the avatar's own room, as a guest of its sink, and speaks through `open_turn`.
 
-    `agent` is the identity to listen to; without it the first agent that sends is taken. While
-    the one that was listened to is in the room nobody else is; once it is gone, any agent may take
-    its place. `on_agent` hears of every such change.
+    `agent` is the identity to listen to; without it the first agent that sends is taken. Another
+    agent that sends to this avatar takes its place once the present one is not speaking: so an
+    agent that was started anew is heard although its predecessor is still listed. People, and
+    other avatars, never are. `on_agent` hears of every such change.
     """
 
-    subscribes = False
+    subscribes = True
+    """Not to hear anybody: whoever may not subscribe isn't told either who is in the room."""
 
     def __init__(
         self,
@@ -150,7 +153,7 @@ class AgentStream:
         self._on_agent = on_agent
         self._idle = idle
         self._room: rtc.Room | None = None
-        self._here = asyncio.Event()
+        self._gone: set[str] = set()  # who was here and left
         self._live: deque[_Segment] = deque()
         self._unanswered: dict[str, _Notice] = {}
         """Reports that stood in for a segment which had not come yet, by agent."""
@@ -165,6 +168,9 @@ class AgentStream:
 
     def entering(self, room: rtc.Room) -> None:
         room.register_byte_stream_handler(AUDIO_TOPIC, self._opened)
+        room.on("participant_disconnected", self._left)
+        room.on("participant_connected", self._came)
+        self._gone.clear()
         for topic in NOISE:
             room.register_text_stream_handler(topic, _ignore)
 
@@ -172,13 +178,11 @@ class AgentStream:
         self._room = room
         room.local_participant.register_rpc_method(CLEAR_BUFFER, self._clear)
         room.local_participant.register_rpc_method(ALIVE, lambda call: "ok")
-        self._here.set()
         if self._reporting is None and not self._closed:
             self._reporting = asyncio.create_task(self._report(), name="agent-report")
 
     def left(self) -> None:
         self._room = None
-        self._here.clear()
 
     async def aclose(self) -> None:
         """Stop listening: what is being said ends here, and that is still reported. Idempotent."""
@@ -197,21 +201,21 @@ class AgentStream:
 
     # -- who is listened to ------------------------------------------------------------------------
 
-    def _accepts(self, identity: str) -> bool:
-        """Whether speech from `identity` is spoken; it becomes the agent if it wasn't."""
+    def _accepts(self, identity: str) -> bool | None:
+        """Whether `identity` is the agent, or becomes it now; None while nobody knows it yet."""
         if identity == self.agent:
             return True
         room = self._room
-        if room is None:
-            return not self.agent  # the first breath of a connection: nobody is known yet
-        someone = room.remote_participants.get(identity)
-        if self.agent and self.agent in room.remote_participants:
-            return False
-        if someone is not None and (
+        someone = room.remote_participants.get(identity) if room is not None else None
+        if someone is None:
+            return None
+        if (
             someone.kind != rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
             or ON_BEHALF in someone.attributes
         ):
             return False
+        if any(one.sender == self.agent for one in self._live) and self.agent not in self._gone:
+            return None  # one at a time: the present one is heard out
         again = bool(self.agent)
         self.agent = identity
         if again:
@@ -220,10 +224,28 @@ class AgentStream:
             self._on_agent(identity)
         return True
 
+    async def _introduced(self, identity: str) -> bool:
+        """Whether `identity` is the agent, once the server has said who it is."""
+        end = time.monotonic() + PATIENCE
+        while (accepted := self._accepts(identity)) is None and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return bool(accepted)
+
     # -- speech in ---------------------------------------------------------------------------------
 
     def _opened(self, reader: rtc.ByteStreamReader, identity: str) -> None:
-        if self._closed or self.open_turn is None or not self._accepts(identity):
+        accepted = self._accepts(identity)
+        if accepted is None and not self._closed:
+            self._spawn(self._opened_early(reader, identity))
+            return
+        self._admit(reader, identity, accepted is True)
+
+    async def _opened_early(self, reader: rtc.ByteStreamReader, identity: str) -> None:
+        """A stream may come before the server tells who sent it."""
+        self._admit(reader, identity, await self._introduced(identity))
+
+    def _admit(self, reader: rtc.ByteStreamReader, identity: str, accepted: bool) -> None:
+        if self._closed or self.open_turn is None or not accepted:
             logger.warning("a sound stream was refused: its sender is not the agent")
             reader.close()
             return
@@ -248,7 +270,10 @@ class AgentStream:
         self._live.append(segment)
         turn.started.add_done_callback(lambda future: self._on_started(segment, future))
         turn.finished.add_done_callback(lambda future: self._on_finished(segment, future))
-        task = asyncio.create_task(self._read(segment), name="agent-read")
+        self._spawn(self._read(segment))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="agent-stream")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -274,7 +299,7 @@ class AgentStream:
         """The stream's chunks, until its end, or until that has to be assumed."""
         over = asyncio.ensure_future(segment.superseded.wait())
         chunk: asyncio.Future[bytes] | None = None
-        quiet = time.monotonic()
+        quiet, behind = time.monotonic(), 0.0
         try:
             while not segment.cleared:
                 if chunk is None:
@@ -283,6 +308,7 @@ class AgentStream:
                 patience = 0.05 if over.done() else min(1.0, self._idle)
                 waiting: set[asyncio.Future[Any]] = {chunk} if over.done() else {chunk, over}
                 await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                behind, before = segment.turn.backlog, behind
                 if chunk.done():
                     try:
                         data = chunk.result()
@@ -293,7 +319,7 @@ class AgentStream:
                         yield data
                 elif over.done() and time.monotonic() - quiet > 0.05:
                     break
-                elif segment.turn.backlog > 0:
+                elif behind < before:  # it is being said: that takes its time
                     quiet = time.monotonic()
                 elif time.monotonic() - quiet > self._idle:
                     break
@@ -306,10 +332,10 @@ class AgentStream:
                 one.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
 
-    def _clear(self, call: rtc.RpcInvocationData) -> str:
+    async def _clear(self, call: rtc.RpcInvocationData) -> str:
         """Silence, now. Everything of this agent that is not over gets its report."""
         identity = call.caller_identity
-        if not self._accepts(identity):
+        if identity != self.agent and not await self._introduced(identity):
             logger.warning("a clear was refused: its sender is not the agent")
             return "reject"
         mine = [segment for segment in self._live if segment.sender == identity]
@@ -376,17 +402,18 @@ class AgentStream:
             await self._work.wait()
 
     async def _send(self, notice: _Notice) -> None:
+        end = notice.made + PATIENCE
         for attempt in range(TRIES):
             if attempt:
                 await asyncio.sleep(RETRY * attempt)
             room = self._room
-            if room is None:
-                left = notice.made + PATIENCE - time.monotonic()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._here.wait(), max(0.0, left))
+            while room is None or (attempt and notice.to not in room.remote_participants):
+                if time.monotonic() > end or notice.to in self._gone:
+                    return  # who would hear it is gone
+                await asyncio.sleep(0.02)
                 room = self._room
-            if room is None or notice.to not in room.remote_participants:
-                return  # who would hear it is gone
+            if notice.to in self._gone:
+                return
             try:
                 await room.local_participant.perform_rpc(
                     destination_identity=notice.to,
@@ -402,6 +429,15 @@ class AgentStream:
                     return  # an agent need not ask for it
                 logger.info("a report was not taken", extra={"code": int(error.code)})
         logger.warning("a report could not be delivered", extra={"method": notice.method})
+
+    def _left(self, participant: rtc.RemoteParticipant) -> None:
+        self._gone.add(participant.identity)
+        for segment in self._live:
+            if segment.sender == participant.identity:
+                segment.superseded.set()  # nothing more comes; what was sent is said
+
+    def _came(self, participant: rtc.RemoteParticipant) -> None:
+        self._gone.discard(participant.identity)
 
 
 def _ignore(reader: rtc.TextStreamReader, identity: str) -> None:
