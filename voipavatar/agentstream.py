@@ -203,6 +203,8 @@ class AgentStream:
 
     def _accepts(self, identity: str) -> bool | None:
         """Whether `identity` is the agent, or becomes it now; None while nobody knows it yet."""
+        if self.open_turn is None:
+            return None  # the stage is not up yet
         if identity == self.agent:
             return True
         room = self._room
