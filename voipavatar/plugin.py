@@ -376,10 +376,14 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 await asyncio.sleep(0.1)
 
     async def _beats(self, room: rtc.Room) -> bool:
+        call = room.local_participant.perform_rpc(
+            destination_identity=self._identity, method=ALIVE, payload="", response_timeout=2.0
+        )
         try:
-            await room.local_participant.perform_rpc(
-                destination_identity=self._identity, method=ALIVE, payload="", response_timeout=2.0
-            )
+            # Of its own accord the call waits for an acknowledgement several times as long.
+            await asyncio.wait_for(call, 2.0)
+        except asyncio.TimeoutError:
+            return False
         except rtc.RpcError as error:
             return bool(error.code == rtc.RpcError.ErrorCode.UNSUPPORTED_METHOD)
         return True
