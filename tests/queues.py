@@ -30,7 +30,7 @@ from voipavatar.session import Session, Studio
 from voipavatar.stage import Options
 
 CLAPPER = Persona(
-    name="clapper", engine="clapper", width=128, height=128, voice=[VoiceChoice(use="espeak")]
+    name="clapper", engine="clapper", width=128, height=128, voice=(VoiceChoice(use="espeak"),)
 )
 ENDS = OUTCOMES - {"duplicate"}
 

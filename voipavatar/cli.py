@@ -154,6 +154,50 @@ def serve(settings: Settings, host: str | None, port: int | None, public_url: st
     return _serve(settings, lambda url: None, public_url)
 
 
+@cli.command()
+@click.option("--name", help="What agents ask for (VOIPAVATAR_AGENT_NAME; voipavatar).")
+@click.option("--sessions", type=click.IntRange(1, 1000), help="Rooms at once; else measured.")
+@click.option("--persona", "personas", multiple=True, help="Prepared at the start (default).")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Of /health and /metrics.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True)
+@click.option("--drain", type=click.FloatRange(0, 86400), default=3600.0, show_default=True)
+@click.pass_obj
+def worker(
+    settings: Settings,
+    name: str | None,
+    sessions: int | None,
+    personas: tuple[str, ...],
+    host: str,
+    port: int,
+    drain: float,
+) -> int:
+    """Take rooms as LiveKit dispatches them, for agents that ask for an avatar.
+
+    Needs LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET. Several workers under one name share
+    the load. SIGTERM or Ctrl-C: no new rooms, the open ones end by themselves within --drain
+    seconds; a second time: at once.
+    """
+    from .worker import Worker
+
+    logging.getLogger("voipavatar").setLevel(
+        min(_level(settings.log_level), logging.getLogger("voipavatar").level)
+    )
+    one = Worker(
+        settings,
+        agent_name=name or os.environ.get("VOIPAVATAR_AGENT_NAME") or "voipavatar",
+        capacity=sessions,
+        personas=personas or ("default",),
+        host=host,
+        port=port,
+        drain=drain,
+        ready=lambda url: _err.print(
+            f"worker is ready: {one.capacity} rooms at once; {url}/health"
+        ),
+    )
+    _run(one.run())
+    return 0  # a signal is how it ends
+
+
 def _serve(settings: Settings, ready: Callable[[str], None], public_url: str = "") -> int:
     from .livekit_server import LiveKitServer
 

@@ -180,7 +180,7 @@ class VoiceChoice(_Strict):
 
 def _voices(value: Any) -> Any:
     """`piper`, `{use: piper}` and lists of either are all a list of choices."""
-    items = value if isinstance(value, list) else [value]
+    items = value if isinstance(value, (list, tuple)) else [value]
     return [{"use": item} if isinstance(item, str) else item for item in items]
 
 

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from livekit import api, rtc
@@ -41,6 +42,26 @@ FINAL = {
 """Reasons for which coming back would be wrong."""
 
 
+class Guest(Protocol):
+    """Something that comes along into the room: it listens there while the sink publishes.
+
+    Called on the sink's loop, again for every new connection; must return at once.
+    """
+
+    @property
+    def subscribes(self) -> bool:
+        """Whether it has to hear somebody's tracks; the token allows that only then."""
+
+    def entering(self, room: rtc.Room) -> None:
+        """About to connect: the time to register what answers streams."""
+
+    def entered(self, room: rtc.Room) -> None:
+        """Connected, nothing published yet: the time to register RPC methods."""
+
+    def left(self) -> None:
+        """The connection is gone."""
+
+
 @dataclass(frozen=True)
 class RoomOptions:
     """Which room, as whom, and how the picture is coded."""
@@ -60,6 +81,9 @@ class RoomOptions:
     simulcast: bool = False
     timeout: float = 10.0
     """Seconds to join in."""
+    ttl: float = 6 * 3600.0
+    """Seconds that a token made here is good for."""
+    guests: tuple[Guest, ...] = field(default=(), repr=False, compare=False)
 
     def make_token(self) -> str:
         """A token for this room alone: publish, and nothing to hear or see."""
@@ -72,7 +96,7 @@ class RoomOptions:
         grants = api.VideoGrants(
             room_join=True,
             room=self.room,
-            can_subscribe=False,
+            can_subscribe=any(guest.subscribes for guest in self.guests),
             can_publish=True,
             can_publish_data=True,
             can_publish_sources=["camera", "microphone"],
@@ -84,7 +108,7 @@ class RoomOptions:
             .with_name(self.name or self.identity)
             .with_grants(grants)
             .with_attributes(dict(self.attributes))
-            .with_ttl(datetime.timedelta(hours=6))
+            .with_ttl(datetime.timedelta(seconds=self.ttl))
             .to_jwt()
         )
 
@@ -257,6 +281,8 @@ class RoomSink:
         room.on("reconnecting", lambda: self._tell("reconnecting"))
         room.on("reconnected", lambda: self._tell("connected"))
         self.room = room
+        for guest in options.guests:
+            guest.entering(room)
         try:
             await connect(
                 room,
@@ -264,6 +290,8 @@ class RoomSink:
                 options.make_token(),
                 rtc.RoomOptions(auto_subscribe=False, connect_timeout=options.timeout),
             )
+            for guest in options.guests:
+                guest.entered(room)
             await asyncio.wait_for(self._publish(room), options.timeout)
         except (rtc.ConnectError, asyncio.TimeoutError) as error:
             raise TransportError(
@@ -328,6 +356,8 @@ class RoomSink:
         audio, self._audio = self._audio, None
         video, self._video = self._video, None
         if room is not None:
+            for guest in self.options.guests:
+                guest.left()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(room.disconnect(), 5.0)
         if audio is not None:

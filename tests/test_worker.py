@@ -1,0 +1,280 @@
+"""Workers that LiveKit dispatches: joining, caps, draining, dying and coming back."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from livekit import api, rtc
+from livekit.agents import AgentSession
+
+from voipavatar.config import Settings
+from voipavatar.errors import ConfigError
+from voipavatar.livekit_server import LiveKitServer
+from voipavatar.plugin import AvatarJoinTimeout, AvatarSession
+from voipavatar.viewer import Viewer
+from voipavatar.worker import Order, Worker
+
+from .scripted import Joined, Plain, agent_session, said
+
+ROOT = Path(__file__).parent.parent
+server = pytest.mark.server
+
+
+def settings_of(livekit: LiveKitServer) -> Settings:
+    return dataclasses.replace(
+        Settings.from_env({}),
+        livekit_url=livekit.url,
+        livekit_api_key=livekit.api_key,
+        livekit_api_secret=livekit.api_secret,
+    )
+
+
+def keys(livekit: LiveKitServer) -> dict[str, str]:
+    return {
+        "livekit_url": livekit.url,
+        "livekit_api_key": livekit.api_key,
+        "livekit_api_secret": livekit.api_secret,
+    }
+
+
+def unique(name: str) -> str:
+    return f"{name}-{uuid.uuid4().hex[:6]}"
+
+
+@asynccontextmanager
+async def working(livekit: LiveKitServer, name: str, **more: Any) -> AsyncIterator[Worker]:
+    """A worker in this process."""
+    there = asyncio.Event()
+    options: dict[str, Any] = {"capacity": 2, "drain": 10.0, "personas": ("clapper",), **more}
+    worker = Worker(settings_of(livekit), agent_name=name, ready=lambda url: there.set(), **options)
+    task = asyncio.create_task(worker.run())
+    try:
+        waiting = asyncio.ensure_future(there.wait())
+        await asyncio.wait([waiting, task], timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        assert there.is_set(), "the worker did not register"
+        yield worker
+    finally:
+        waiting.cancel()
+        task.cancel()
+        await asyncio.wait([task], timeout=30)
+        assert task.done()
+
+
+@asynccontextmanager
+async def process(livekit: LiveKitServer, name: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A worker as a person runs it."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LIVEKIT_URL": livekit.url,
+        "LIVEKIT_API_KEY": livekit.api_key,
+        "LIVEKIT_API_SECRET": livekit.api_secret,
+    }
+    command = "worker --sessions 2 --persona clapper --port 0 --drain 8 --name".split()
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "voipavatar", *command, name, env=env,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stderr is not None
+    lines: list[str] = []
+    drain: asyncio.Task[None] | None = None
+    try:
+        while True:
+            line = (await asyncio.wait_for(child.stderr.readline(), 60)).decode()
+            lines.append(line)
+            assert line, "".join(lines)
+            if "worker is ready" in line:
+                break
+        drain = asyncio.create_task(_drain(child.stderr))
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.wait()
+        if drain is not None:
+            await drain
+
+
+async def _drain(stream: asyncio.StreamReader) -> None:
+    while await stream.readline():
+        pass
+
+
+@asynccontextmanager
+async def talking(
+    livekit: LiveKitServer, room_name: str, agent_name: str, **more: Any
+) -> AsyncIterator[tuple[AgentSession[Any], AvatarSession, rtc.Room]]:
+    """An agent that asked for a dispatched avatar."""
+    async with Joined(livekit, room_name) as room:
+        session = agent_session()
+        avatar = AvatarSession(persona="clapper", mode="dispatch", agent_name=agent_name, **more)
+        try:
+            await avatar.start(session, room, **keys(livekit))
+            await session.start(Plain(), room=room, record=False)
+            yield session, avatar, room
+        finally:
+            await session.aclose()
+            await avatar.aclose()
+
+
+def test_orders_are_read_strictly() -> None:
+    assert Order.parse("") == Order()
+    order = Order.parse('{"persona": "clapper", "agent": "a", "request": "x", "name": ""}')
+    assert order.persona == "clapper" and order.agent == "a" and order.name == ""
+    for wrong in ("{", "[]", '{"persona": 3}', '{"person": "x"}'):
+        with pytest.raises(ConfigError, match="metadata"):
+            Order.parse(wrong)
+
+
+@server
+async def test_a_dispatched_avatar_speaks_and_is_interrupted(livekit: LiveKitServer) -> None:
+    name, room_name = unique("worker"), unique("room")
+    async with working(livekit, name) as worker:
+        begin = time.monotonic()
+        async with talking(livekit, room_name, name) as (session, avatar, room):
+            await avatar.wait_for_join(timeout=20)
+            print(f"start to joined: {time.monotonic() - begin:.2f} s")
+            viewer = Viewer(livekit.url, room_name, livekit.api_key, livekit.api_secret)
+            async with viewer as seen:
+                await seen.wait()
+                await asyncio.sleep(0.5)
+                latencies: list[float] = []
+                session.on("metrics_collected", lambda event: latencies.append(0.0))
+                handle = await said(session, "one two three four")
+                assert not handle.interrupted
+                await asyncio.sleep(0.5)
+                assert len(seen.flashes()) == 1
+                for pause in (0.0, 0.05, 0.4):
+                    begin = time.monotonic()
+                    handle = session.say("one two three four five six seven eight")
+                    await asyncio.sleep(pause)
+                    session.interrupt(force=True)
+                    await asyncio.wait_for(handle.wait_for_playout(), 5)
+                    assert time.monotonic() - begin - pause < 1.8
+                await said(session, "still here")
+            async with aiohttp.ClientSession() as http:
+                answer = await http.get(worker.url + "/health")
+                found = await answer.json()
+                assert answer.status == 200 and found["taken"] == 1 and found["capacity"] == 2
+                numbers = await (await http.get(worker.url + "/metrics")).text()
+                assert "voipavatar_sessions 1.0" in numbers
+            assert room.remote_participants["voipavatar"].attributes == {
+                "lk.publish_on_behalf": "agent"
+            }
+        end = time.monotonic() + 10
+        while worker.health()["taken"] and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        assert worker.health()["taken"] == 0, "the avatar stayed behind"
+
+
+@server
+async def test_nobody_there_is_told_and_the_agent_speaks_alone(livekit: LiveKitServer) -> None:
+    name, room_name = unique("nobody"), unique("room")
+    async with talking(livekit, room_name, name, join_timeout=2.0) as (session, avatar, room):
+        lost: list[str] = []
+        avatar.on("avatar_lost", lost.append)
+        begin = time.monotonic()
+        handle = await said(session, "one two", limit=12)  # waits for no avatar for ever
+        assert not handle.interrupted and time.monotonic() - begin < 10
+        with pytest.raises(AvatarJoinTimeout, match="worker"):
+            await avatar.wait_for_join(timeout=0.5)
+        assert lost and name in lost[0]
+        assert len(room.local_participant.track_publications) == 1, "its own voice"
+        # And with a worker, late as it is, the avatar takes over.
+        async with working(livekit, name):
+            await avatar.wait_for_join(timeout=30)
+            await said(session, "one two")
+            end = time.monotonic() + 5
+            while room.local_participant.track_publications and time.monotonic() < end:
+                await asyncio.sleep(0.05)
+            assert not room.local_participant.track_publications, "two voices"
+
+
+@server
+@pytest.mark.slow
+async def test_an_avatar_that_is_killed_comes_back(livekit: LiveKitServer) -> None:
+    name, room_name = unique("killed"), unique("room")
+    events: list[str] = []
+    async with process(livekit, name) as child:
+        async with talking(livekit, room_name, name) as (session, avatar, room):
+            avatar.on("avatar_lost", lambda why: events.append("lost"))
+            avatar.on("avatar_joined", lambda: events.append("joined"))
+            await avatar.wait_for_join(timeout=20)
+            await said(session, "one two")
+            handle = session.say(" ".join(["word"] * 16))  # four seconds
+            await asyncio.sleep(1.5)
+            child.kill()
+            begin = time.monotonic()
+            await asyncio.wait_for(handle.wait_for_playout(), 25)
+            print(f"the sentence ended {time.monotonic() - begin:.1f} s after the kill")
+            assert not handle.interrupted, "what was not heard is said by the agent"
+            assert events[-1] == "lost" and not avatar.joined
+            await said(session, "voice only")
+            async with process(livekit, name):
+                begin = time.monotonic()
+                await avatar.wait_for_join(timeout=40)
+                print(f"back {time.monotonic() - begin:.1f} s after a worker was")
+                await said(session, "one two")
+                assert events[-1] == "joined"
+
+
+@server
+async def test_caps_hold_and_what_is_too_much_goes_elsewhere(livekit: LiveKitServer) -> None:
+    """Fifty at once on two workers: as many run as there is room for, and no more."""
+    name = unique("caps")
+    async with working(livekit, name, capacity=1, grace=60.0) as small:
+        async with working(livekit, name, capacity=2, grace=60.0) as large:
+            async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+                rooms = [unique("full") for _ in range(20)]
+                begin = time.monotonic()
+                await asyncio.gather(
+                    *(
+                        lk.agent_dispatch.create_dispatch(
+                            api.CreateAgentDispatchRequest(
+                                agent_name=name, room=room, metadata='{"persona": "clapper"}'
+                            )
+                        )
+                        for room in rooms
+                    )
+                )
+                while time.monotonic() - begin < 10:
+                    await asyncio.sleep(0.1)
+                    assert small.health()["taken"] <= 1 and large.health()["taken"] <= 2
+                assert small.health()["sessions"] == 1 and large.health()["sessions"] == 2
+                print("refused", small.refused, large.refused)
+                assert small.refused + large.refused >= 17
+                for room in rooms:
+                    await lk.room.delete_room(api.DeleteRoomRequest(room=room))
+                end = time.monotonic() + 10
+                while small.health()["taken"] + large.health()["taken"]:
+                    assert time.monotonic() < end, "a room was left half open"
+                    await asyncio.sleep(0.1)
+
+
+@server
+async def test_sigterm_drains(livekit: LiveKitServer) -> None:
+    name, room_name = unique("drain"), unique("room")
+    async with process(livekit, name) as child:
+        async with talking(livekit, room_name, name) as (session, avatar, _):
+            await avatar.wait_for_join(timeout=20)
+            handle = session.say("one two three four five six seven eight")
+            await asyncio.sleep(0.7)
+            child.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(handle.wait_for_playout(), 10)
+            assert not handle.interrupted and child.returncode is None, "it ended in mid-sentence"
+        code = await asyncio.wait_for(child.wait(), 25)
+        print("exit code", code)

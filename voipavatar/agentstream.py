@@ -1,0 +1,447 @@
+"""A LiveKit agent's speech as it comes over the wire: the receiving end of the avatar protocol.
+
+The agent opens one byte stream a segment (topic `lk.audio_stream`, int16 PCM, faster than real
+time), asks to be silent by RPC (`lk.clear_buffer`), and waits to be told what was played
+(`lk.playback_started`, `lk.playback_finished`). What it counts on, and what is kept here:
+
+- exactly one `playback_finished` for every segment, in order, with the seconds really heard, also
+  for one without sound, one cleared before its first sample, one whose end got lost on the way;
+- a clear is answered at once and always, even when it overtakes the segment it is meant for;
+- an agent that comes back, under its own or another identity, is listened to again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from livekit import rtc
+
+from .errors import InputError
+from .media import Int16
+
+logger = logging.getLogger(__name__)
+
+AUDIO_TOPIC = "lk.audio_stream"
+CLEAR_BUFFER = "lk.clear_buffer"
+PLAYBACK_STARTED = "lk.playback_started"
+PLAYBACK_FINISHED = "lk.playback_finished"
+ALIVE = "voipavatar.alive"
+"""Beyond the protocol: answers "ok" for as long as the avatar's loop runs."""
+ON_BEHALF = "lk.publish_on_behalf"
+NOISE = ("lk.transcription", "lk.agent.events", "lk.agent.session", "lk.chat")
+"""Text topics that are sent to everybody; an avatar takes note of none of them."""
+
+IDLE = 10.0
+"""Seconds without a chunk, all of it played, after which a segment's end counts as lost."""
+TRIES = 3
+RETRY = 0.1
+NOTICES = 256
+"""Reports that may wait for the agent; the oldest go first."""
+PATIENCE = 10.0
+"""Seconds that a report waits for a connection that is away."""
+
+
+class Played(Protocol):
+    """How a turn ended."""
+
+    @property
+    def heard(self) -> float: ...
+    @property
+    def interrupted(self) -> bool: ...
+
+
+class Turn(Protocol):
+    """One utterance being spoken: what `Session.open_turn` gives."""
+
+    @property
+    def started(self) -> asyncio.Future[float | None]: ...
+    @property
+    def finished(self) -> asyncio.Future[Any]:
+        """Resolves to a `Played`."""
+
+    @property
+    def backlog(self) -> float:
+        """Seconds that were pushed and not shown yet."""
+
+    def push(self, pcm: Int16, rate: int) -> None: ...
+    def end(self) -> None: ...
+    def cancel(self) -> None: ...
+
+
+class Pcm:
+    """Bytes off a wire, cut anywhere, as int16 mono."""
+
+    def __init__(self, channels: int) -> None:
+        if not 1 <= channels <= 8:
+            raise InputError(f"sound with {channels} channels can't be used: send 1 or 2")
+        self._channels = channels
+        self._rest = b""
+
+    def push(self, data: bytes) -> Int16:
+        """The samples that are whole now; several channels are averaged."""
+        data = self._rest + data
+        whole = len(data) - len(data) % (2 * self._channels)
+        self._rest = data[whole:]
+        samples = np.frombuffer(data[:whole], np.int16)
+        if self._channels == 1:
+            return samples
+        summed = samples.reshape(-1, self._channels).astype(np.int32).sum(axis=1)
+        mean: Int16 = (summed // self._channels).astype(np.int16)
+        return mean
+
+
+@dataclass(eq=False)
+class _Segment:
+    """One byte stream and the turn it became."""
+
+    sender: str
+    reader: rtc.ByteStreamReader
+    turn: Turn
+    superseded: asyncio.Event
+    """No more of it will come, or it isn't wanted."""
+    cleared: bool = False
+    result: tuple[float, bool] | None = None
+    """Seconds heard, interrupted: once it is over."""
+
+
+@dataclass(eq=False)
+class _Notice:
+    """One report to an agent; `done` when it was answered or given up."""
+
+    to: str
+    method: str
+    payload: str
+    made: float
+    done: asyncio.Event
+
+
+class AgentStream:
+    """Listens in the avatar's own room, as a guest of its sink, and speaks through `open_turn`.
+
+    `agent` is the identity to listen to; without it the first agent that sends is taken. Another
+    agent that sends to this avatar takes its place once the present one is not speaking: so an
+    agent that was started anew is heard although its predecessor is still listed. People, and
+    other avatars, never are. `on_agent` hears of every such change.
+    """
+
+    subscribes = True
+    """Not to hear anybody: whoever may not subscribe isn't told either who is in the room."""
+
+    def __init__(
+        self,
+        open_turn: Callable[[], Turn] | None = None,
+        agent: str = "",
+        on_agent: Callable[[str], None] | None = None,
+        idle: float = IDLE,
+    ) -> None:
+        self.agent = agent
+        self.open_turn = open_turn
+        self.segments = 0
+        """Segments that were opened."""
+        self.lost_ends = 0
+        """Segments whose end had to be assumed."""
+        self.dropped = 0
+        """Segments cut short since too much waited, or refused."""
+        self._on_agent = on_agent
+        self._idle = idle
+        self._room: rtc.Room | None = None
+        self._gone: set[str] = set()  # who was here and left
+        self._live: deque[_Segment] = deque()
+        self._unanswered: dict[str, _Notice] = {}
+        """Reports that stood in for a segment which had not come yet, by agent."""
+        self._pending: dict[str, int] = {}  # reports of ends that were not answered, by agent
+        self._notices: deque[_Notice] = deque()
+        self._work = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reporting: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # -- the guest ---------------------------------------------------------------------------------
+
+    def entering(self, room: rtc.Room) -> None:
+        room.register_byte_stream_handler(AUDIO_TOPIC, self._opened)
+        room.on("participant_disconnected", self._left)
+        room.on("participant_connected", self._came)
+        self._gone.clear()
+        for topic in NOISE:
+            room.register_text_stream_handler(topic, _ignore)
+
+    def entered(self, room: rtc.Room) -> None:
+        self._room = room
+        room.local_participant.register_rpc_method(CLEAR_BUFFER, self._clear)
+        room.local_participant.register_rpc_method(ALIVE, lambda call: "ok")
+        if self._reporting is None and not self._closed:
+            self._reporting = asyncio.create_task(self._report(), name="agent-report")
+
+    def left(self) -> None:
+        self._room = None
+
+    async def aclose(self) -> None:
+        """Stop listening: what is being said ends here, and that is still reported. Idempotent."""
+        self._closed = True
+        for segment in list(self._live):
+            segment.superseded.set()
+            segment.turn.cancel()
+        await asyncio.sleep(0)  # the turns' callbacks file their reports
+        deadline = time.monotonic() + 1.0
+        while self._notices and self._room is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        tasks = [*self._tasks, *([self._reporting] if self._reporting else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- who is listened to ------------------------------------------------------------------------
+
+    def _accepts(self, identity: str) -> bool | None:
+        """Whether `identity` is the agent, or becomes it now; None while nobody knows it yet."""
+        if self.open_turn is None:
+            return None  # the stage is not up yet
+        if identity == self.agent:
+            return True
+        room = self._room
+        someone = room.remote_participants.get(identity) if room is not None else None
+        if someone is None:
+            return None
+        if (
+            someone.kind != rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
+            or ON_BEHALF in someone.attributes
+        ):
+            return False
+        if any(one.sender == self.agent for one in self._live) and self.agent not in self._gone:
+            return None  # one at a time: the present one is heard out
+        again = bool(self.agent)
+        self.agent = identity
+        if again:
+            logger.info("another agent took over")
+        if self._on_agent is not None:
+            self._on_agent(identity)
+        return True
+
+    async def _introduced(self, identity: str) -> bool:
+        """Whether `identity` is the agent, once the server has said who it is."""
+        end = time.monotonic() + PATIENCE
+        while (accepted := self._accepts(identity)) is None and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return bool(accepted)
+
+    # -- speech in ---------------------------------------------------------------------------------
+
+    def _opened(self, reader: rtc.ByteStreamReader, identity: str) -> None:
+        accepted = self._accepts(identity)
+        if accepted is None and not self._closed:
+            self._spawn(self._opened_early(reader, identity))
+            return
+        self._admit(reader, identity, accepted is True)
+
+    async def _opened_early(self, reader: rtc.ByteStreamReader, identity: str) -> None:
+        """A stream may come before the server tells who sent it."""
+        self._admit(reader, identity, await self._introduced(identity))
+
+    def _admit(self, reader: rtc.ByteStreamReader, identity: str, accepted: bool) -> None:
+        if self._closed or self.open_turn is None or not accepted:
+            logger.warning("a sound stream was refused: its sender is not the agent")
+            reader.close()
+            return
+        answered = self._unanswered.pop(identity, None)
+        if answered is not None and not answered.done.is_set():
+            # A clear overtook this very stream, and was answered for it.
+            reader.close()
+            return
+        for other in self._live:
+            if other.sender == identity:
+                other.superseded.set()  # one at a time: the end of the one before got lost
+        try:
+            turn = self.open_turn()
+        except Exception as error:  # the session is closing: the agent must not wait for it
+            logger.info("a segment was refused", extra={"error": type(error).__name__})
+            self.dropped += 1
+            reader.close()
+            self._finished(identity, 0.0, interrupted=True)
+            return
+        self.segments += 1
+        segment = _Segment(identity, reader, turn, asyncio.Event())
+        self._live.append(segment)
+        turn.started.add_done_callback(lambda future: self._on_started(segment, future))
+        turn.finished.add_done_callback(lambda future: self._on_finished(segment, future))
+        self._spawn(self._read(segment))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="agent-stream")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read(self, segment: _Segment) -> None:
+        turn = segment.turn
+        try:
+            attributes = segment.reader.info.attributes or {}
+            rate = int(attributes.get("sample_rate", "0"))
+            pcm = Pcm(int(attributes.get("num_channels", "1")))
+            async for data in self._chunks(segment):
+                turn.push(pcm.push(data), rate)
+        except (InputError, ValueError) as error:
+            self.dropped += 1
+            logger.warning("a segment was cut short", extra={"error": str(error)})
+        except rtc.StreamError:
+            self.lost_ends += 1
+            logger.info("a segment's stream broke off")
+        finally:
+            segment.reader.close()
+            turn.end()
+
+    async def _chunks(self, segment: _Segment) -> AsyncGenerator[bytes, None]:
+        """The stream's chunks, until its end, or until that has to be assumed."""
+        over = asyncio.ensure_future(segment.superseded.wait())
+        chunk: asyncio.Future[bytes] | None = None
+        quiet, behind = time.monotonic(), 0.0
+        try:
+            while not segment.cleared:
+                if chunk is None:
+                    chunk = asyncio.ensure_future(segment.reader.__anext__())
+                # A chunk that is there already is wanted, whoever else is waiting.
+                patience = 0.05 if over.done() else min(1.0, self._idle)
+                waiting: set[asyncio.Future[Any]] = {chunk} if over.done() else {chunk, over}
+                await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                behind, before = segment.turn.backlog, behind
+                if chunk.done():
+                    try:
+                        data = chunk.result()
+                    except StopAsyncIteration:
+                        return
+                    chunk, quiet = None, time.monotonic()
+                    if not segment.cleared:
+                        yield data
+                elif over.done() and time.monotonic() - quiet > 0.05:
+                    break
+                elif behind < before:  # it is being said: that takes its time
+                    quiet = time.monotonic()
+                elif time.monotonic() - quiet > self._idle:
+                    break
+            if not segment.cleared and not segment.turn.finished.done():
+                self.lost_ends += 1
+                logger.info("a segment's end was lost")
+        finally:
+            rest = [one for one in (chunk, over) if one is not None]
+            for one in rest:
+                one.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+
+    async def _clear(self, call: rtc.RpcInvocationData) -> str:
+        """Silence, now. Everything of this agent that is not over gets its report."""
+        identity = call.caller_identity
+        if identity != self.agent and not await self._introduced(identity):
+            logger.warning("a clear was refused: its sender is not the agent")
+            return "reject"
+        mine = [segment for segment in self._live if segment.sender == identity]
+        for segment in reversed(mine):  # what waits first, so that none of it starts
+            segment.cleared = True
+            segment.superseded.set()
+            segment.turn.cancel()
+        if not mine and not self._pending.get(identity):
+            # The clear is ahead of its segment, which perhaps never comes.
+            self._unanswered[identity] = self._finished(identity, 0.0, interrupted=True)
+        return "ok"
+
+    # -- reports back ------------------------------------------------------------------------------
+
+    def _on_started(self, segment: _Segment, future: asyncio.Future[float | None]) -> None:
+        if not future.cancelled() and future.result() is not None:
+            self._file(segment.sender, PLAYBACK_STARTED, "")
+
+    def _on_finished(self, segment: _Segment, future: asyncio.Future[Played]) -> None:
+        segment.superseded.set()
+        played = None if future.cancelled() else future.result()
+        segment.result = (played.heard, played.interrupted) if played is not None else (0.0, True)
+        while self._live and (result := self._live[0].result) is not None:
+            self._finished(self._live.popleft().sender, *result)  # in the order they came
+
+    def _finished(self, to: str, heard: float, interrupted: bool) -> _Notice:
+        self._pending[to] = self._pending.get(to, 0) + 1
+        payload = {
+            "playback_position": heard,
+            "interrupted": interrupted,
+            "synchronized_transcript": None,
+        }
+        return self._file(to, PLAYBACK_FINISHED, json.dumps(payload))
+
+    def _file(self, to: str, method: str, payload: str) -> _Notice:
+        notice = _Notice(to, method, payload, time.monotonic(), asyncio.Event())
+        self._notices.append(notice)
+        if len(self._notices) > NOTICES:
+            self._done(self._notices.popleft())
+        self._work.set()
+        return notice
+
+    def _done(self, notice: _Notice) -> None:
+        notice.done.set()
+        if notice.method == PLAYBACK_FINISHED:
+            self._pending[notice.to] -= 1
+            if not self._pending[notice.to]:
+                del self._pending[notice.to]
+        if self._unanswered.get(notice.to) is notice:
+            del self._unanswered[notice.to]
+
+    async def _report(self) -> None:
+        """Send the reports, one after the other, for as long as the avatar lives."""
+        while True:
+            while self._notices:
+                notice = self._notices[0]
+                try:
+                    await self._send(notice)
+                finally:
+                    if self._notices and self._notices[0] is notice:
+                        self._notices.popleft()
+                        self._done(notice)
+            self._work.clear()
+            await self._work.wait()
+
+    async def _send(self, notice: _Notice) -> None:
+        end = notice.made + PATIENCE
+        for attempt in range(TRIES):
+            if attempt:
+                await asyncio.sleep(RETRY * attempt)
+            room = self._room
+            while room is None or (attempt and notice.to not in room.remote_participants):
+                if time.monotonic() > end or notice.to in self._gone:
+                    return  # who would hear it is gone
+                await asyncio.sleep(0.02)
+                room = self._room
+            if notice.to in self._gone:
+                return
+            try:
+                await room.local_participant.perform_rpc(
+                    destination_identity=notice.to,
+                    method=notice.method,
+                    payload=notice.payload,
+                    response_timeout=3.0,
+                )
+                return
+            except rtc.RpcError as error:
+                if error.code == rtc.RpcError.ErrorCode.UNSUPPORTED_METHOD and (
+                    notice.method == PLAYBACK_STARTED
+                ):
+                    return  # an agent need not ask for it
+                logger.info("a report was not taken", extra={"code": int(error.code)})
+        logger.warning("a report could not be delivered", extra={"method": notice.method})
+
+    def _left(self, participant: rtc.RemoteParticipant) -> None:
+        self._gone.add(participant.identity)
+        for segment in self._live:
+            if segment.sender == participant.identity:
+                segment.superseded.set()  # nothing more comes; what was sent is said
+
+    def _came(self, participant: rtc.RemoteParticipant) -> None:
+        self._gone.discard(participant.identity)
+
+
+def _ignore(reader: rtc.TextStreamReader, identity: str) -> None:
+    """What is not for an avatar must be let go of all the same."""
+    reader.close()

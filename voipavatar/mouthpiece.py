@@ -1,0 +1,575 @@
+"""Where an agent's speech goes: the one `AudioOutput` that stays while what is behind it changes.
+
+An `AgentSession` gets a `Mouthpiece` once. Behind it is a route: the avatar in this process
+(`Direct`), an avatar elsewhere in the room (`Wire`), or no avatar at all (`VoiceOnly`, the agent's
+own track). The mouthpiece knows every segment that is not over, so whatever happens to a route,
+each of them ends exactly once, and what the listener has not heard yet is said by the next route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from livekit import rtc
+from livekit.agents.voice.io import AudioOutput, AudioOutputCapabilities
+
+from .agentstream import (
+    AUDIO_TOPIC,
+    CLEAR_BUFFER,
+    PLAYBACK_FINISHED,
+    PLAYBACK_STARTED,
+    Pcm,
+    Turn,
+)
+from .media import FRAME_RATE, Int16, Resampler
+
+logger = logging.getLogger(__name__)
+
+CLEAR_TIMEOUT = 2.0
+"""Seconds in which a cleared segment's end must be told."""
+OVERDUE = 8.0
+"""Seconds beyond its length after which a segment's end is not waited for any longer."""
+KEPT = 600.0
+"""Seconds of one segment that are kept until they were heard."""
+
+
+class Segment:
+    """One stretch of speech between two flushes, as the agent pushed it."""
+
+    def __init__(self, on_started: Callable[[], None], on_over: Callable[[Segment], None]) -> None:
+        self.frames: deque[rtc.AudioFrame] = deque()
+        self.length = 0.0
+        """Seconds pushed."""
+        self.skipped = 0.0
+        """Seconds that a route before the present one had played."""
+        self.began: float | None = None
+        """Monotonic time at which it was first heard."""
+        self.flushed = False
+        self.cleared = False
+        self.heard = 0.0
+        self.interrupted = False
+        self.over = False
+        self._on_started = on_started
+        self._on_over = on_over
+
+    def keep(self, frame: rtc.AudioFrame) -> None:
+        self.length += frame.duration
+        self.frames.append(frame)
+        while self.length > KEPT and self.frames:
+            self.frames.popleft()
+
+    def started(self) -> None:
+        """Its first sample is being heard."""
+        if self.began is None and not self.over:
+            self.began = time.monotonic()
+            self._on_started()
+
+    def finished(self, heard: float, interrupted: bool) -> None:
+        """It is over; only the first call counts."""
+        if self.over:
+            return
+        self.over = True
+        self.frames.clear()
+        self.heard = self.skipped + heard
+        self.interrupted = interrupted
+        self._on_over(self)
+
+    def rest(self, heard: float) -> list[rtc.AudioFrame]:
+        """The frames after `heard` seconds, the first perhaps from its middle on."""
+        at = self.length - sum(frame.duration for frame in self.frames)
+        left = []
+        for frame in self.frames:
+            if at + frame.duration > heard:
+                left.append(_from(frame, heard - at))
+            at += frame.duration
+        return left
+
+
+def _from(frame: rtc.AudioFrame, seconds: float) -> rtc.AudioFrame:
+    """A frame without its first `seconds`."""
+    skip = max(0, int(seconds * frame.sample_rate))
+    if skip == 0:
+        return frame
+    count = frame.samples_per_channel - skip
+    data = bytes(frame.data.cast("b"))[skip * frame.num_channels * 2 :]
+    return rtc.AudioFrame(data, frame.sample_rate, frame.num_channels, count)
+
+
+class Route(Protocol):
+    """Something that speaks segments, one after the other, and tells them how it went."""
+
+    async def push(self, segment: Segment, frame: rtc.AudioFrame) -> None:
+        """More of a segment; those before it were flushed. Safe to cancel."""
+
+    def flush(self, segment: Segment) -> None:
+        """That was all of it."""
+
+    def clear(self) -> None:
+        """Be silent: every segment it was given is `finished`, at once or within a few seconds."""
+
+    async def aclose(self) -> None: ...
+
+
+class Mouthpiece(AudioOutput):
+    """The agent's audio output. Takes any rate and channel count."""
+
+    def __init__(self, patience: float) -> None:
+        super().__init__(
+            label="voipavatar", capabilities=AudioOutputCapabilities(pause=False), sample_rate=None
+        )
+        self.pending: deque[Segment] = deque()
+        self._patience = patience
+        self._route: Route | None = None
+        self._owner: dict[Segment, Route] = {}
+        self._open: Segment | None = None
+        self._ready = asyncio.Event()
+        self._late: Callable[[], Route] | None = None
+        self._done: set[Segment] = set()
+
+    # -- which route -------------------------------------------------------------------------------
+
+    @property
+    def route(self) -> Route | None:
+        return self._route
+
+    def use(self, route: Route) -> None:
+        """The segments from the next one on go to `route`."""
+        self._route = route
+        self._ready.set()
+
+    def otherwise(self, make: Callable[[], Route]) -> None:
+        """What to use when no route has come within the patience given."""
+        self._late = make
+
+    def take_over(self, route: VoiceOnly, alive: float | None = None) -> None:
+        """All that is pending is said by `route`, from where it was last known to be heard.
+
+        `alive` is the monotonic time at which the route before last showed signs of life.
+        """
+        for segment in list(self.pending):
+            if self._owner.get(segment) is route or segment.over:
+                continue
+            self._owner[segment] = route
+            if segment.cleared:
+                segment.finished(_heard(segment, alive), interrupted=True)
+                continue
+            heard = min(segment.length, _heard(segment, alive))
+            rest = segment.rest(heard + segment.skipped)
+            segment.skipped += heard
+            for frame in rest:
+                route.put(segment, frame)
+            if segment.flushed:
+                route.flush(segment)
+        self.use(route)
+
+    # -- what the agent calls ----------------------------------------------------------------------
+
+    async def capture_frame(self, frame: rtc.AudioFrame) -> None:
+        if self._route is None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ready.wait(), self._patience)
+            if self._route is None and self._late is not None:
+                self.use(self._late())
+        await super().capture_frame(frame)
+        segment = self._open
+        if segment is None:
+            segment = Segment(self._started, self._over)
+            self._open = segment
+            self.pending.append(segment)
+            assert self._route is not None
+            self._owner[segment] = self._route
+        if segment.cleared or segment.over:
+            return  # what is still under way of something that is to be silent
+        segment.keep(frame)
+        await self._owner[segment].push(segment, frame)
+
+    def flush(self) -> None:
+        super().flush()
+        segment, self._open = self._open, None
+        if segment is None:
+            return
+        segment.flushed = True
+        route = self._owner.get(segment)
+        if route is not None and not segment.over:
+            route.flush(segment)
+
+    def clear_buffer(self) -> None:
+        routes: list[Route] = []
+        for segment in self.pending:
+            segment.cleared = True
+            if self._owner[segment] not in routes:
+                routes.append(self._owner[segment])
+        for route in routes:
+            route.clear()
+
+    # -- what the routes tell ----------------------------------------------------------------------
+
+    def _started(self) -> None:
+        self.on_playback_started(created_at=time.time())
+
+    def _over(self, segment: Segment) -> None:
+        self._owner.pop(segment, None)
+        while self.pending and self.pending[0].over:
+            first = self.pending.popleft()
+            self.on_playback_finished(playback_position=first.heard, interrupted=first.interrupted)
+
+
+def _heard(segment: Segment, alive: float | None) -> float:
+    """Seconds of a segment that were surely heard by `alive`."""
+    if segment.began is None:
+        return 0.0
+    return max(0.0, (alive if alive is not None else time.monotonic()) - segment.began)
+
+
+# --- the avatar in this process -------------------------------------------------------------------
+
+
+class Direct:
+    """Speaks through turns of a session on this loop."""
+
+    AHEAD = 15.0
+
+    def __init__(self, open_turn: Callable[[], Turn]) -> None:
+        self._open_turn = open_turn
+        self._turns: dict[Segment, tuple[Turn, dict[int, Pcm]]] = {}
+
+    async def push(self, segment: Segment, frame: rtc.AudioFrame) -> None:
+        if segment not in self._turns:
+            turn = self._open_turn()
+            self._turns[segment] = (turn, {})
+            turn.started.add_done_callback(
+                lambda future: segment.started() if future.result() is not None else None
+            )
+            turn.finished.add_done_callback(lambda future: self._finished(segment, future))
+        turn, pcms = self._turns[segment]
+        pcm = pcms.setdefault(frame.num_channels, Pcm(frame.num_channels))
+        turn.push(pcm.push(bytes(frame.data.cast("b"))), frame.sample_rate)
+        while (behind := turn.backlog - self.AHEAD) > 0 and not turn.finished.done():
+            await asyncio.wait([turn.finished], timeout=min(max(behind, 0.02), 0.5))
+
+    def flush(self, segment: Segment) -> None:
+        if segment in self._turns:
+            self._turns[segment][0].end()
+
+    def clear(self) -> None:
+        for turn, _ in reversed(list(self._turns.values())):
+            turn.cancel()
+
+    def _finished(self, segment: Segment, future: asyncio.Future[Any]) -> None:
+        self._turns.pop(segment, None)
+        played = future.result()
+        segment.finished(played.heard, played.interrupted)
+
+    async def aclose(self) -> None:
+        self.clear()
+        await asyncio.sleep(0)
+
+
+# --- the avatar elsewhere in the room -------------------------------------------------------------
+
+
+class Wire:
+    """Speaks through byte streams to `identity`, and hears back by RPC."""
+
+    _wires: dict[tuple[int, str], Wire] = {}
+    """By room and avatar: RPC methods belong to a participant, and it may have several avatars."""
+
+    def __init__(self, room: rtc.Room, identity: str) -> None:
+        self.fallbacks = 0
+        """Ends that had to be assumed since the avatar didn't tell them."""
+        self.on_silent: Callable[[], None] | None = None
+        """Called when the avatar owes an end for too long."""
+        self._room = room
+        self._identity = identity
+        self._segments: deque[Segment] = deque()
+        self._writers: dict[Segment, asyncio.Task[rtc.ByteStreamWriter]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._clearing: asyncio.Task[None] | None = None
+        self._wires[(id(room), identity)] = self
+        _answer(room, PLAYBACK_STARTED)
+        _answer(room, PLAYBACK_FINISHED)
+
+    async def push(self, segment: Segment, frame: rtc.AudioFrame) -> None:
+        while self._clearing is not None and not self._clearing.done():
+            # A stream must not overtake the clear that was before it.
+            await asyncio.wait([self._clearing], timeout=CLEAR_TIMEOUT)
+        if segment.over or segment.cleared:
+            return
+        if segment not in self._writers:
+            self._segments.append(segment)
+            self._writers[segment] = self._spawn(self._opening(frame))
+        writer = await asyncio.shield(self._writers[segment])
+        if not (segment.over or segment.cleared):
+            await writer.write(bytes(frame.data.cast("b")))
+
+    async def _opening(self, frame: rtc.AudioFrame) -> rtc.ByteStreamWriter:
+        return await asyncio.wait_for(
+            self._room.local_participant.stream_bytes(
+                name=f"AUDIO_{time.monotonic_ns():x}",
+                topic=AUDIO_TOPIC,
+                destination_identities=[self._identity],
+                attributes={
+                    "sample_rate": str(frame.sample_rate),
+                    "num_channels": str(frame.num_channels),
+                },
+            ),
+            10.0,
+        )
+
+    def flush(self, segment: Segment) -> None:
+        writer = self._writers.get(segment)
+        if writer is None:
+            segment.finished(0.0, interrupted=True)  # nothing of it was ever sent
+            return
+        self._spawn(self._close(writer))
+        self._spawn(self._expect(segment))
+
+    async def _close(self, opening: asyncio.Task[rtc.ByteStreamWriter]) -> None:
+        try:
+            await (await opening).aclose()
+        except (rtc.RpcError, OSError, RuntimeError, asyncio.TimeoutError) as error:
+            logger.info("a segment's stream was not closed", extra={"error": type(error).__name__})
+
+    async def _expect(self, segment: Segment) -> None:
+        """A segment whose end is never told must not be waited for without end."""
+        waited = 0.0
+        while not segment.over:
+            ahead = sum(one.length for one in self._segments if not one.over)
+            if waited > ahead + OVERDUE:
+                self.fallbacks += 1
+                logger.warning("the avatar did not tell a segment's end")
+                if self.on_silent is not None:
+                    self.on_silent()
+                segment.finished(segment.length, interrupted=False)
+                return
+            await asyncio.sleep(0.25)
+            waited += 0.25
+
+    def clear(self) -> None:
+        if self._clearing is None or self._clearing.done():
+            self._clearing = self._spawn(self._clear())
+
+    async def _clear(self) -> None:
+        mine = [segment for segment in self._segments if not segment.over]
+        for segment in mine:
+            segment.cleared = True
+            with contextlib.suppress(Exception):  # one that can't be opened has nothing to clear
+                await asyncio.shield(self._writers[segment])
+        if not mine:
+            return
+        try:
+            await self._room.local_participant.perform_rpc(
+                destination_identity=self._identity,
+                method=CLEAR_BUFFER,
+                payload="",
+                response_timeout=CLEAR_TIMEOUT + 1.0,
+            )
+        except rtc.RpcError as error:
+            logger.warning("the avatar did not answer a clear", extra={"code": int(error.code)})
+        else:
+            end = time.monotonic() + CLEAR_TIMEOUT
+            while time.monotonic() < end and not all(one.over for one in mine):
+                await asyncio.sleep(0.005)
+        for segment in mine:
+            if not segment.over:
+                self.fallbacks += 1
+                logger.warning("the avatar did not tell a cleared segment's end")
+                segment.finished(min(segment.length, _heard(segment, None)), interrupted=True)
+
+    def _told_started(self) -> None:
+        for segment in self._segments:
+            if not segment.over:
+                segment.started()
+                return
+
+    def _told_finished(self, heard: float, interrupted: bool) -> None:
+        while self._segments:
+            segment = self._segments.popleft()
+            self._forget(segment)
+            if not segment.over:
+                segment.finished(heard, interrupted)
+                return
+
+    def _forget(self, segment: Segment) -> None:
+        writer = self._writers.pop(segment, None)
+        if writer is not None and not segment.flushed:
+            self._spawn(self._close(writer))
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work, name="mouthpiece-wire")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def aclose(self) -> None:
+        if self._wires.get((id(self._room), self._identity)) is self:
+            del self._wires[(id(self._room), self._identity)]
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @classmethod
+    def told(cls, room: int, call: rtc.RpcInvocationData) -> str | None:
+        """A report for one of this room's wires; None when it is for none of them."""
+        wire = cls._wires.get((room, call.caller_identity))
+        if wire is None:
+            return None
+        if call.method == PLAYBACK_STARTED:
+            wire._told_started()
+            return "ok"
+        told = json.loads(call.payload)
+        wire._told_finished(float(told["playback_position"]), bool(told["interrupted"]))
+        return "ok"
+
+
+def _answer(room: rtc.Room, method: str) -> None:
+    """Register for reports, and pass on what other avatars' plugins registered for."""
+    handlers = getattr(room.local_participant, "_rpc_handlers", {})
+    before = handlers.get(method)
+    if getattr(before, "voipavatar", False):
+        return
+    number = id(room)
+
+    def answer(call: rtc.RpcInvocationData) -> Any:
+        told = Wire.told(number, call)
+        if told is not None:
+            return told
+        return before(call) if before is not None else "reject"
+
+    answer.voipavatar = True  # type: ignore[attr-defined]
+    room.local_participant.register_rpc_method(method, answer)
+
+
+# --- no avatar ------------------------------------------------------------------------------------
+
+
+class VoiceOnly:
+    """Speaks through a track of the agent's own, published when first needed."""
+
+    def __init__(self, room: rtc.Room) -> None:
+        self._room = room
+        self._queue: deque[tuple[Segment, rtc.AudioFrame | None]] = deque()
+        self._work = asyncio.Event()
+        self._source: rtc.AudioSource | None = None
+        self._sid: str | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._heard = 0.0
+
+    def put(self, segment: Segment, frame: rtc.AudioFrame | None) -> None:
+        """`push` without waiting; None is the segment's end."""
+        self._queue.append((segment, frame))
+        self._work.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._speak(), name="mouthpiece-voice")
+
+    async def push(self, segment: Segment, frame: rtc.AudioFrame) -> None:
+        self.put(segment, frame)
+        while len(self._queue) > 200 and not segment.over:
+            await asyncio.sleep(0.05)
+
+    def flush(self, segment: Segment) -> None:
+        self.put(segment, None)
+
+    def clear(self) -> None:
+        waiting = list(dict.fromkeys(segment for segment, _ in self._queue))
+        self._queue.clear()
+        left = 0.0
+        if self._source is not None:
+            left = self._source.queued_duration
+            self._source.clear_queue()
+        if self._now is not None and not self._now.over:
+            self._now.finished(max(0.0, self._heard - left), interrupted=True)
+        for segment in waiting:
+            segment.finished(0.0, interrupted=True)
+
+    _now: Segment | None = None
+
+    async def _speak(self) -> None:
+        resampler: Resampler | None = None
+        pcm: Pcm | None = None
+        channels = 0
+        while True:
+            while not self._queue:
+                self._work.clear()
+                await self._work.wait()
+            segment, frame = self._queue.popleft()
+            if segment.over:
+                continue
+            if segment is not self._now:
+                self._now, self._heard = segment, 0.0
+            if frame is None:
+                if resampler is not None:
+                    await self._play(segment, resampler.flush())
+                if self._source is not None:
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self._source.wait_for_playout(), 2.0)
+                segment.finished(self._heard, interrupted=False)
+                continue
+            if pcm is None or channels != frame.num_channels:
+                pcm, channels = Pcm(frame.num_channels), frame.num_channels
+            if resampler is None or resampler.source != frame.sample_rate:
+                resampler = Resampler(frame.sample_rate, FRAME_RATE)
+            await self._play(segment, resampler.push(pcm.push(bytes(frame.data.cast("b")))))
+
+    async def _play(self, segment: Segment, pcm: Int16) -> None:
+        if self._source is None:
+            await self._publish()
+        for begin in range(0, len(pcm), FRAME_RATE // 50):
+            piece = np.ascontiguousarray(pcm[begin : begin + FRAME_RATE // 50])
+            if segment.over:
+                return
+            length = len(piece) / FRAME_RATE
+            if self._sid is None or self._source is None or not self._room.isconnected():
+                await asyncio.sleep(length)  # nobody there to hear it, but time goes on
+            else:
+                try:
+                    await self._source.capture_frame(
+                        rtc.AudioFrame(piece.tobytes(), FRAME_RATE, 1, len(piece))
+                    )
+                except Exception as error:  # rtc raises bare exceptions
+                    logger.info("sound was not taken", extra={"error": type(error).__name__})
+            if not segment.over:
+                self._heard += length
+                segment.started()
+
+    async def _publish(self) -> None:
+        self._source = rtc.AudioSource(FRAME_RATE, 1, queue_size_ms=100)
+        track = rtc.LocalAudioTrack.create_audio_track("agent_audio", self._source)
+        options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE)
+        try:
+            publication = await asyncio.wait_for(
+                self._room.local_participant.publish_track(track, options), 10.0
+            )
+            self._sid = publication.sid
+            await asyncio.wait_for(publication.wait_for_subscription(), 2.0)
+        except asyncio.TimeoutError:
+            logger.info("nobody listens to the agent's own voice yet")
+        except Exception as error:  # rtc raises bare exceptions; the conversation goes on mute
+            logger.warning("no voice without avatar", extra={"error": type(error).__name__})
+
+    async def hush(self) -> None:
+        """Take the track away, once nothing is being said: the avatar speaks again."""
+        sid, self._sid = self._sid, None
+        source, self._source = self._source, None
+        if sid is not None and self._room.isconnected():
+            with contextlib.suppress(Exception):  # the room may be gone any moment
+                await asyncio.wait_for(self._room.local_participant.unpublish_track(sid), 5.0)
+        if source is not None:
+            await source.aclose()
+
+    async def aclose(self) -> None:
+        self.clear()
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await self.hush()

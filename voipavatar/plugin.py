@@ -1,0 +1,536 @@
+"""The LiveKit Agents plugin: four lines give an agent a face.
+
+    avatar = voipavatar.AvatarSession(persona="default")
+    await avatar.start(session, ctx.room)
+    await session.start(agent=..., room=ctx.room)
+
+Two modes with one interface. `local` runs the avatar in the agent's own process; `dispatch` asks
+the LiveKit server for a `voipavatar worker`, keeps an eye on it, speaks voice-only while it is
+gone and takes it back when it is there again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import aiohttp
+from livekit import api, rtc
+from livekit.agents import (
+    DEFAULT_API_CONNECT_OPTIONS,
+    NOT_GIVEN,
+    APIConnectionError,
+    APIConnectOptions,
+    APIStatusError,
+    NotGivenOr,
+    get_job_context,
+)
+from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
+from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
+
+from .agentstream import ALIVE
+from .config import Persona, Settings, list_personas
+from .errors import ConfigError, VoipAvatarError
+from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
+from .room import RoomOptions
+from .session import Studio
+
+if TYPE_CHECKING:
+    from livekit.agents import AgentSession
+
+logger = logging.getLogger("livekit.plugins.voipavatar")
+
+T = TypeVar("T")
+
+IDENTITY = "voipavatar"
+AGENT_NAME = "voipavatar"
+"""The name under which `voipavatar worker` registers unless told otherwise."""
+BEAT = 1.0
+"""Seconds between two looks at a dispatched avatar."""
+MISSED = 2
+"""Looks in a row without an answer after which it counts as gone."""
+BACKOFF = (0.5, 30.0)
+"""First and longest pause before a lost avatar is asked for again, in seconds."""
+TTL = 600.0
+"""Seconds that the token of a local avatar is good for; joining again takes a new one."""
+
+
+class VoipAvatarException(VoipAvatarError):
+    """The avatar can't be had; the message says what to check."""
+
+
+class AvatarJoinTimeout(VoipAvatarException, asyncio.TimeoutError):
+    """The avatar did not come in time."""
+
+
+class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
+    """One avatar for one `AgentSession`.
+
+    Events: "avatar_joined" when it is seen, also each time it comes back, and "avatar_lost" with
+    a sentence when it is gone and the agent speaks voice-only.
+    """
+
+    def __init__(
+        self,
+        *,
+        persona: NotGivenOr[str | Persona] = NOT_GIVEN,
+        mode: NotGivenOr[Literal["local", "dispatch"]] = NOT_GIVEN,
+        agent_name: NotGivenOr[str] = NOT_GIVEN,
+        avatar_participant_identity: NotGivenOr[str] = NOT_GIVEN,
+        avatar_participant_name: NotGivenOr[str] = NOT_GIVEN,
+        join_timeout: NotGivenOr[float] = NOT_GIVEN,
+        studio: NotGivenOr[Studio] = NOT_GIVEN,
+        conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS,
+    ) -> None:
+        """Everything has a default.
+
+        Args:
+            persona: Name or file of a persona, or one that was loaded (`local` only). In
+                `dispatch` it is a name that the worker knows. VOIPAVATAR_PERSONA, "default".
+            mode: "dispatch" when `agent_name` or VOIPAVATAR_AGENT_NAME says whom to ask,
+                otherwise "local". VOIPAVATAR_MODE.
+            agent_name: The workers' name. VOIPAVATAR_AGENT_NAME.
+            avatar_participant_identity: Who the avatar is in the room; "voipavatar".
+            avatar_participant_name: How people call it; the persona's title.
+            join_timeout: Seconds in which it must be seen, 20 unless given. Speech waits for it
+                that long, and is voice-only afterwards.
+            studio: A studio to share with other sessions of this loop (`local` only).
+            conn_options: Retries and their pauses when asking for a worker.
+        """
+        super().__init__()
+        self._persona = persona or os.environ.get("VOIPAVATAR_PERSONA", "default")
+        self._agent_name = agent_name or os.environ.get("VOIPAVATAR_AGENT_NAME", "")
+        chosen = mode or os.environ.get("VOIPAVATAR_MODE", "")
+        self._mode = chosen or ("dispatch" if self._agent_name else "local")
+        if self._mode not in ("local", "dispatch"):
+            raise VoipAvatarException(
+                f"mode={self._mode!r} (or VOIPAVATAR_MODE) can't be used: it is local or dispatch"
+            )
+        if self._mode == "dispatch" and isinstance(self._persona, Persona):
+            raise VoipAvatarException("mode=dispatch takes a persona by name: the worker loads it")
+        self._agent_name = self._agent_name or AGENT_NAME
+        self._identity = avatar_participant_identity or IDENTITY
+        self._name = avatar_participant_name or ""
+        self._join_timeout = join_timeout if isinstance(join_timeout, (int, float)) else 20.0
+        self._studio = studio if isinstance(studio, Studio) else None
+        self._own_studio: Studio | None = None
+        self._conn_options = conn_options
+        self._started = False
+        self._closing: asyncio.Task[None] | None = None
+        self._mouthpiece: Mouthpiece | None = None
+        self._voice: VoiceOnly | None = None
+        self._avatar: Any = None  # the local session
+        self._wire: Wire | None = None
+        self._api: api.LiveKitAPI | None = None
+        self._dispatch: str | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._here = asyncio.Event()
+        self._trouble = ""
+        self.lost = 0
+        """Times that the avatar was lost."""
+
+    @property
+    def avatar_identity(self) -> str:
+        return self._identity
+
+    @property
+    def provider(self) -> str:
+        return "voipavatar"
+
+    @property
+    def mode(self) -> str:
+        """ "local" or "dispatch"."""
+        return self._mode
+
+    @property
+    def joined(self) -> bool:
+        """Whether the avatar speaks now; otherwise the agent does so itself."""
+        return self._here.is_set()
+
+    # -- starting ----------------------------------------------------------------------------------
+
+    async def start(
+        self,
+        agent_session: AgentSession[Any],
+        room: rtc.Room,
+        *,
+        livekit_url: NotGivenOr[str] = NOT_GIVEN,
+        livekit_api_key: NotGivenOr[str] = NOT_GIVEN,
+        livekit_api_secret: NotGivenOr[str] = NOT_GIVEN,
+    ) -> None:
+        """Bring the avatar into `room` and let it speak for `agent_session`.
+
+        Call it before `agent_session.start`. Raises VoipAvatarException, or what livekit-agents
+        raises when a server can't be asked (APIStatusError, APIConnectionError); nothing is left
+        behind then. In `dispatch` it returns once a worker was asked for: `wait_for_join` waits.
+        """
+        if self._started:
+            raise VoipAvatarException("start() was called already: an AvatarSession starts once")
+        self._started = True
+        url = _given("livekit_url", livekit_url)
+        key = _given("livekit_api_key", livekit_api_key)
+        secret = _given("livekit_api_secret", livekit_api_secret)
+        try:
+            await super().start(agent_session, room)
+            agent = _agent_identity(room)
+            self._voice = VoiceOnly(room)
+            mouthpiece = Mouthpiece(self._join_timeout + 2.0)
+            mouthpiece.otherwise(self._no_avatar)
+            if self._mode == "local":
+                await self._start_local(room, agent, url, key, secret, mouthpiece)
+            else:
+                await self._start_dispatch(room, agent, url, key, secret)
+        except BaseException:
+            await self.aclose()
+            raise
+        self._mouthpiece = mouthpiece
+        agent_session.output.replace_audio_tail(mouthpiece)
+        if self._mode == "dispatch":
+            self._keeper = asyncio.create_task(self._keep(room, agent), name="avatar-keeper")
+
+    def _no_avatar(self) -> VoiceOnly:
+        assert self._voice is not None
+        return self._voice
+
+    async def _start_local(
+        self, room: rtc.Room, agent: str, url: str, key: str, secret: str, mouthpiece: Mouthpiece
+    ) -> None:
+        studio = self._studio
+        if studio is None:
+            studio = self._own_studio = Studio(Settings.from_env())
+        options = RoomOptions(
+            url,
+            room.name,
+            key,
+            secret,
+            identity=self._identity,
+            name=self._name or _title(self._persona),
+            attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: agent},
+            ttl=TTL,
+        )
+        self._avatar = await studio.open(self._persona, room=options)
+        mouthpiece.use(Direct(self._avatar.open_turn))
+        self._here.set()
+        self._keeper = asyncio.create_task(self._keep_local(), name="avatar-keeper")
+
+    async def _keep_local(self) -> None:
+        """An avatar that ends before its time is told, and the agent speaks for itself."""
+        await self._avatar.closed.wait()
+        self._lose(self._avatar.failure or "the avatar's session ended")
+
+    # -- a worker ----------------------------------------------------------------------------------
+
+    async def _start_dispatch(
+        self, room: rtc.Room, agent: str, url: str, key: str, secret: str
+    ) -> None:
+        self._api = api.LiveKitAPI(
+            url, key, secret, timeout=aiohttp.ClientTimeout(total=self._conn_options.timeout)
+        )
+        if not _seen(room, self._identity):
+            await self._ask(room.name, agent)
+
+    async def _ask(self, room: str, agent: str) -> None:
+        """Ask the server for a worker, once, however often the request has to be made."""
+        assert self._api is not None
+        dispatches = self._api.agent_dispatch
+        mark = uuid.uuid4().hex
+        metadata = json.dumps(
+            {
+                "persona": str(self._persona),
+                "agent": agent,
+                "identity": self._identity,
+                "name": self._name,
+                "request": mark,
+            }
+        )
+        first = True
+
+        async def ask() -> str:
+            nonlocal first
+            if not first:  # the answer may have got lost, not the request
+                for one in await dispatches.list_dispatch(room):
+                    if mark in one.metadata:
+                        return str(one.id)
+            first = False
+            made = await dispatches.create_dispatch(
+                api.CreateAgentDispatchRequest(
+                    agent_name=self._agent_name, room=room, metadata=metadata
+                )
+            )
+            return str(made.id)
+
+        self._dispatch = await _retried(ask, self._conn_options)
+
+    async def _unask(self, room: str) -> None:
+        """Take the request back, so that the server ends its job, and free the identity."""
+        if self._api is None:
+            return
+        dispatch, self._dispatch = self._dispatch, None
+        calls: list[Awaitable[Any]] = []
+        if dispatch is not None:
+            calls.append(self._api.agent_dispatch.delete_dispatch(dispatch, room))
+        calls.append(
+            self._api.room.remove_participant(
+                api.RoomParticipantIdentity(room=room, identity=self._identity)
+            )
+        )
+        for call in calls:
+            try:
+                await asyncio.wait_for(call, 5.0)
+            except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+                if not (isinstance(error, api.TwirpError) and error.code == "not_found"):
+                    logger.info("cleaning up failed", extra={"error": type(error).__name__})
+
+    async def _keep(self, room: rtc.Room, agent: str) -> None:
+        """See the avatar come, watch it, and have it back when it is lost."""
+        pause, longest = BACKOFF
+        while True:
+            if await self._comes(room):
+                pause = BACKOFF[0]
+                await self._joined(room)
+                reason, alive = await self._watch(room)
+            else:
+                reason, alive = self._trouble, None
+            if not room.isconnected():
+                self._lose("the agent's own connection is gone", alive)
+                return
+            self._lose(reason, alive)
+            while True:
+                await asyncio.sleep(pause)
+                pause = min(longest, pause * 2)
+                try:
+                    await self._unask(room.name)
+                    await self._ask(room.name, agent)
+                    break
+                except (APIConnectionError, APIStatusError) as error:
+                    logger.info("no worker to be had", extra={"error": type(error).__name__})
+
+    async def _comes(self, room: rtc.Room) -> bool:
+        """Whether the avatar is seen within the join time-out."""
+        end = time.monotonic() + self._join_timeout
+        while time.monotonic() < end:
+            if not room.isconnected():
+                self._trouble = "the agent's own connection is gone"
+                return False
+            if _seen(room, self._identity):
+                return True
+            await asyncio.sleep(0.02)
+        self._trouble = (
+            f"no avatar joined within {self._join_timeout:g} s: is a `voipavatar worker` running "
+            f"under the name {self._agent_name!r}, at this LiveKit server, with room for another "
+            "session? `lk dispatch list` and the worker's /health tell"
+        )
+        return False
+
+    async def _joined(self, room: rtc.Room) -> None:
+        assert self._mouthpiece is not None and self._voice is not None
+        self._wire = Wire(room, self._identity)
+        self._mouthpiece.use(self._wire)
+        self._here.set()
+        self.emit("avatar_joined")
+        if self.lost:
+            logger.info("the avatar is back")
+            while any(not one.over for one in self._mouthpiece.pending):
+                await asyncio.sleep(0.05)  # what the agent's own voice has begun, it ends
+                if not _seen(room, self._identity):
+                    return
+            await self._voice.hush()
+
+    async def _watch(self, room: rtc.Room) -> tuple[str, float]:
+        """Until it is gone; why, and when it was last known to be alive."""
+        wire = self._wire
+        assert wire is not None
+        silent = asyncio.Event()
+        wire.on_silent = silent.set
+        alive, missed = time.monotonic(), 0
+        while True:
+            beat = asyncio.ensure_future(self._beats(room))
+            try:
+                while not beat.done():
+                    if not _seen(room, self._identity):
+                        return "the avatar left the room", alive
+                    await asyncio.wait([beat], timeout=0.1)
+                answer = beat.result()
+            finally:
+                beat.cancel()
+                await asyncio.gather(beat, return_exceptions=True)
+            if answer:
+                alive, missed = time.monotonic(), 0
+            else:
+                missed += 1
+            if missed >= MISSED:
+                return "the avatar doesn't answer any more", alive
+            if silent.is_set() and not answer:
+                return "the avatar fell silent", alive
+            end = time.monotonic() + BEAT
+            while time.monotonic() < end:
+                if not _seen(room, self._identity):
+                    return "the avatar left the room", alive
+                await asyncio.sleep(0.1)
+
+    async def _beats(self, room: rtc.Room) -> bool:
+        call = room.local_participant.perform_rpc(
+            destination_identity=self._identity, method=ALIVE, payload="", response_timeout=2.0
+        )
+        try:
+            # Of its own accord the call waits for an acknowledgement several times as long.
+            await asyncio.wait_for(call, 2.0)
+        except asyncio.TimeoutError:
+            return False
+        except rtc.RpcError as error:
+            return bool(error.code == rtc.RpcError.ErrorCode.UNSUPPORTED_METHOD)
+        return True
+
+    def _lose(self, reason: str, alive: float | None = None) -> None:
+        """Speak for itself from here on, beginning with what was not heard."""
+        was_here = self._here.is_set()
+        self._here.clear()
+        self.lost += 1
+        self._trouble = reason
+        if self._mouthpiece is not None and self._voice is not None:
+            self._mouthpiece.take_over(self._voice, alive)
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            task = asyncio.ensure_future(wire.aclose())
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+        log = logger.warning if was_here or self.lost == 1 else logger.info
+        log("the avatar is gone: the agent speaks voice-only", extra={"reason": reason})
+        self.emit("avatar_lost", reason)
+
+    # -- waiting and ending ------------------------------------------------------------------------
+
+    async def wait_for_join(self, *, timeout: float | None = 30.0) -> None:
+        """Until the avatar is seen in the room. AvatarJoinTimeout, a TimeoutError, otherwise."""
+        begin = time.monotonic()
+        try:
+            await asyncio.wait_for(self._here.wait(), timeout)
+            left = None if timeout is None else max(0.1, begin + timeout - time.monotonic())
+            await super().wait_for_join(timeout=left)
+        except asyncio.TimeoutError:
+            raise AvatarJoinTimeout(
+                self._trouble
+                or f"the avatar was not seen within {timeout:g} s: is a `voipavatar worker` "
+                f"running under the name {self._agent_name!r} at this LiveKit server?"
+            ) from None
+
+    async def aclose(self) -> None:
+        """Take the avatar out of the room. The agent speaks for itself afterwards. Idempotent."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="avatar-close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        room = self._room
+        self._here.clear()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._mouthpiece is not None and self._voice is not None:
+            for segment in list(self._mouthpiece.pending):
+                segment.cleared = True  # nothing is said over again by an agent that is leaving
+            self._mouthpiece.take_over(self._voice)
+        if self._wire is not None:
+            await self._wire.aclose()
+            self._wire = None
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        if room is not None and room.isconnected() and self._mode == "dispatch":
+            await self._unask(room.name)
+        if self._avatar is not None:
+            await self._avatar.aclose()
+        if self._own_studio is not None:
+            await self._own_studio.aclose()
+        if self._voice is not None:
+            await self._voice.aclose()
+        if self._api is not None:
+            await self._api.aclose()
+            self._api = None
+        if self._mode == "local" or self._avatar is not None:
+            self._room = None  # it left by itself: nobody is to be removed
+        await super().aclose()
+
+
+# --- small things ---------------------------------------------------------------------------------
+
+
+def _given(argument: str, value: NotGivenOr[str]) -> str:
+    """An argument, or the environment variable of the same name."""
+    variable = argument.upper()
+    found = value or os.environ.get(variable, "")
+    if not found:
+        raise VoipAvatarException(f"{argument} is missing: pass it to start(), or set {variable}")
+    return str(found)
+
+
+def _agent_identity(room: rtc.Room) -> str:
+    job = get_job_context(required=False)
+    if job is not None and not job.is_fake_job():
+        return str(job.local_participant_identity)
+    if not room.isconnected():
+        raise VoipAvatarException(
+            "the room is not connected: outside of a job, connect it before start()"
+        )
+    return str(room.local_participant.identity)
+
+
+def _title(persona: str | Persona) -> str:
+    return persona.title or persona.name if isinstance(persona, Persona) else ""
+
+
+def _seen(room: rtc.Room, identity: str) -> bool:
+    """Whether the participant is in the room and shows a picture."""
+    one = room.remote_participants.get(identity)
+    return one is not None and any(
+        publication.kind == rtc.TrackKind.KIND_VIDEO
+        for publication in one.track_publications.values()
+    )
+
+
+async def _retried(work: Callable[[], Awaitable[T]], options: APIConnectOptions) -> T:
+    """`work`, again where that may help; the errors that livekit-agents knows otherwise."""
+    for attempt in range(options.max_retry + 1):
+        error: APIStatusError | APIConnectionError
+        try:
+            return await asyncio.wait_for(work(), options.timeout)
+        except api.TwirpError as found:
+            status = int(getattr(found, "status", 500) or 500)
+            error = APIStatusError(
+                "the LiveKit server refused the request for an avatar",
+                status_code=status,
+                body={"code": found.code},
+                retryable=status >= 500 or status == 429,
+            )
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as found:
+            error = APIConnectionError(
+                f"the LiveKit server can't be reached ({type(found).__name__}): "
+                "is LIVEKIT_URL right?"
+            )
+        if not error.retryable or attempt == options.max_retry:
+            raise error from None
+        await asyncio.sleep(options._interval_for_retry(attempt))
+    raise AssertionError("unreachable")
+
+
+def download() -> None:
+    """Prepare every persona whose engine can be had here. What is prepared is only checked."""
+    asyncio.run(_download())
+
+
+async def _download() -> None:
+    settings = Settings.from_env()
+    async with Studio(settings) as studio:
+        for persona in list_personas(settings):
+            try:
+                await studio.prepare(persona)
+                logger.info("a persona is ready", extra={"persona": persona.name})
+            except ConfigError as error:
+                logger.warning(
+                    "a persona was left out", extra={"persona": persona.name, "error": str(error)}
+                )

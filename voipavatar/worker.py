@@ -1,0 +1,346 @@
+"""`voipavatar worker`: a machine that takes avatars for rooms as LiveKit dispatches them.
+
+One process, one event loop, one engine for all its rooms. livekit-agents keeps the connection to
+the server and a thread for each job; the job's work, the avatar, runs on the loop of `Worker.run`.
+Several workers under one name share the load, and nothing else is needed to scale out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+from livekit import rtc
+from livekit.agents import AgentServer, JobContext, JobExecutorType, JobRequest
+from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
+
+from . import metrics
+from .agentstream import AgentStream
+from .config import Settings, load_persona
+from .errors import CapacityError, ConfigError, VoipAvatarError
+from .plugin import AGENT_NAME, IDENTITY
+from .room import RoomOptions
+from .session import Session, Studio
+
+logger = logging.getLogger(__name__)
+
+GRACE = 20.0
+"""Seconds that an avatar waits in a room for its agent to come (back)."""
+TTL = 600.0
+"""Seconds that an avatar's token is good for; joining again takes a new one."""
+ENCODING = 0.2
+"""Cores that encoding one room's picture and sound take, for reckoning the capacity."""
+FAREWELL = 2.0
+"""Seconds for what is being said when an avatar leaves."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a dispatch asks for: its metadata, a JSON object or nothing."""
+
+    persona: str = "default"
+    agent: str = ""
+    """Identity that the avatar speaks for; the first agent in the room when empty."""
+    identity: str = IDENTITY
+    name: str = ""
+    request: str = field(default="", compare=False)
+
+    @classmethod
+    def parse(cls, metadata: str) -> Order:
+        """Raises ConfigError for what is no order."""
+        if not metadata.strip():
+            return cls()
+        try:
+            data = json.loads(metadata)
+        except ValueError:
+            raise ConfigError("the dispatch's metadata is not JSON") from None
+        if not isinstance(data, dict):
+            raise ConfigError("the dispatch's metadata must be a JSON object")
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        if unknown := sorted(set(data) - set(known)):
+            raise ConfigError(f"unknown in the dispatch's metadata: {', '.join(unknown)}")
+        if not all(isinstance(value, str) for value in known.values()):
+            raise ConfigError("everything in the dispatch's metadata must be a string")
+        known = {name: value for name, value in known.items() if value}
+        return cls(**known)
+
+
+class Worker:
+    """One worker process. `run` returns when it was cancelled and has drained."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        agent_name: str = AGENT_NAME,
+        capacity: int | None = None,
+        personas: Sequence[str] = ("default",),
+        host: str = "127.0.0.1",
+        port: int = 0,
+        drain: float = 3600.0,
+        grace: float = GRACE,
+        ready: Callable[[str], None] | None = None,
+    ) -> None:
+        for name in ("livekit_url", "livekit_api_key", "livekit_api_secret"):
+            if not getattr(settings, name):
+                raise ConfigError(f"a worker needs a LiveKit server: set {name.upper()}")
+        self.settings = settings
+        self.agent_name = agent_name
+        self.capacity = capacity or 0
+        """Rooms at once; measured when the worker starts unless it was given."""
+        self.refused = 0
+        self.url = ""
+        """Where /health and /metrics are."""
+        self._personas = personas
+        self._host, self._port = host, port
+        self._drain = drain
+        self._grace = grace
+        self._ready = ready
+        self._studio: Studio | None = None
+        self._server: AgentServer | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._taken: dict[str, float] = {}  # job id: when it was accepted
+        self._draining = False
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until cancelled; then take nothing more, let rooms end, and stop."""
+        self._loop = asyncio.get_running_loop()
+        async with contextlib.AsyncExitStack() as undo:
+            studio = await undo.enter_async_context(Studio(self.settings))
+            self._studio = studio
+            for name in self._personas:
+                await studio.prepare(load_persona(name, self.settings))
+            if not self.capacity:
+                self.capacity = await _measure(studio, self._personas[0])
+            server = self._server = AgentServer(
+                job_executor_type=JobExecutorType.THREAD,
+                load_fnc=self._load,
+                load_threshold=float("inf"),  # `_request` decides, and passes on what is too much
+                num_idle_processes=min(2, self.capacity),
+                drain_timeout=int(self._drain),
+                ws_url=self.settings.livekit_url,
+                api_key=self.settings.livekit_api_key,
+                api_secret=self.settings.livekit_api_secret,
+                host="127.0.0.1",
+                port=0,
+            )
+            server.rtc_session(agent_name=self.agent_name, on_request=self._request)(self._entry)
+            await self._listen(undo)
+            serving = asyncio.create_task(server.run(), name="worker-server")
+            try:
+                server.on("worker_registered", lambda *_: self._registered())
+                await asyncio.shield(serving)
+            except asyncio.CancelledError:
+                await self._leave(server)
+                await asyncio.gather(serving, return_exceptions=True)
+                raise
+            finally:
+                if not serving.done():
+                    await server.aclose()
+
+    def _registered(self) -> None:
+        logger.info("registered", extra={"capacity": self.capacity})
+        if self._ready is not None:
+            self._ready(self.url)
+
+    async def _leave(self, server: AgentServer) -> None:
+        self._draining = True
+        try:
+            await server.drain(timeout=int(self._drain))
+        except asyncio.TimeoutError:
+            logger.warning("rooms were still open when the time to drain was over")
+        await server.aclose()
+
+    # -- who gets in -------------------------------------------------------------------------------
+
+    def _load(self, server: AgentServer) -> float:
+        return min(1.0, len(self._taken) / max(1, self.capacity))
+
+    def refusal(self) -> str | None:
+        """Why no further room is taken now."""
+        if self._draining:
+            return "draining"
+        if len(self._taken) >= self.capacity:
+            return "full"
+        if self._studio is None or self._studio.health()["status"] != "ok":
+            return "the engine is failing"
+        return None
+
+    async def _request(self, request: JobRequest) -> None:
+        """Take a room, or pass it on to another worker."""
+        reason = self.refusal()
+        order = Order()
+        try:
+            order = Order.parse(request.job.metadata)
+            load_persona(order.persona, self.settings)
+        except ConfigError as error:
+            reason = reason or str(error)
+        if reason is not None:
+            self.refused += 1
+            metrics.SESSIONS_REFUSED.inc()
+            logger.info("a room was passed on", extra={"reason": reason})
+            await request.reject(terminate=False)
+            return
+        self._taken[request.id] = time.monotonic()  # before anything is awaited: the cap is hard
+        try:
+            await request.accept(
+                identity=order.identity,
+                name=order.name or order.identity,
+                attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else None,
+            )
+        except BaseException:
+            self._taken.pop(request.id, None)
+            raise
+
+    # -- one room ----------------------------------------------------------------------------------
+
+    async def _entry(self, job: JobContext) -> None:
+        """The job's own thread: it only waits for what happens on the worker's loop."""
+        assert self._loop is not None
+        # The avatar joins by a connection of the worker's own, under the job's identity: the
+        # job's room stays unused, and livekit-agents must not take that for a mistake.
+        getattr(job, "_on_connect", lambda: None)()
+        work = asyncio.run_coroutine_threadsafe(self._serve(job.job), self._loop)
+        try:
+            await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+        finally:
+            job.shutdown("the avatar has left")
+
+    async def _serve(self, job: Any) -> None:
+        try:
+            await self._avatar(job.id, job.room.name, Order.parse(job.metadata))
+        except CapacityError as error:
+            logger.warning("a room could not be taken after all", extra={"reason": str(error)})
+        except VoipAvatarError as error:
+            logger.error("an avatar failed", extra={"error": str(error)})
+        finally:
+            self._taken.pop(job.id, None)
+
+    async def _avatar(self, job: str, room: str, order: Order) -> None:
+        studio = self._studio
+        assert studio is not None
+        persona = load_persona(order.persona, self.settings)
+        stream = AgentStream(agent=order.agent)
+        options = RoomOptions(
+            self.settings.livekit_url,
+            room,
+            self.settings.livekit_api_key,
+            self.settings.livekit_api_secret,
+            identity=order.identity,
+            name=order.name or persona.title,
+            attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else {},
+            ttl=TTL,
+            guests=(stream,),
+        )
+        session = await studio.open(persona, room=options, id=job)
+        stream.open_turn = session.open_turn
+        metrics.SESSIONS.inc()
+        metrics.SESSIONS_OPENED.inc()
+        reason = "failed"
+        try:
+            reason = await self._stay(session)
+        finally:
+            metrics.SESSIONS.dec()
+            metrics.SESSIONS_CLOSED.labels(reason).inc()
+            await stream.aclose()
+            await session.aclose(FAREWELL)
+
+    async def _stay(self, session: Session) -> str:
+        """Until the session ends, or nobody is there to speak for; why, as a metric's label."""
+        assert session.room is not None
+        last = time.monotonic()
+        while not session.closed.is_set():
+            if not session.room.connected or _has_agent(session.room.room):
+                last = time.monotonic()
+            elif time.monotonic() - last > self._grace:
+                logger.info("no agent came back")
+                return "idle"
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(session.closed.wait(), 0.25)
+        return "asked" if session.failure is None else "failed"
+
+    # -- what others see ---------------------------------------------------------------------------
+
+    def health(self) -> dict[str, Any]:
+        """Engines, rooms and capacity, ready for JSON; `status` is "ok" where rooms are served."""
+        found = self._studio.health() if self._studio is not None else {"status": "starting"}
+        return found | {
+            "agent_name": self.agent_name,
+            "capacity": self.capacity,
+            "taken": len(self._taken),
+            "refused": self.refused,
+            "draining": self._draining,
+        }
+
+    async def _listen(self, undo: contextlib.AsyncExitStack) -> None:
+        async def health(request: web.Request) -> web.Response:
+            found = self.health()
+            return web.json_response(found, status=200 if found["status"] == "ok" else 503)
+
+        async def numbers(request: web.Request) -> web.Response:
+            return web.Response(
+                body=metrics.exposition(), headers={"Content-Type": metrics.CONTENT_TYPE}
+            )
+
+        app = web.Application()
+        app.add_routes(
+            [web.get("/", health), web.get("/health", health), web.get("/metrics", numbers)]
+        )
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        undo.push_async_callback(runner.cleanup)
+        try:
+            await web.TCPSite(runner, self._host, self._port).start()
+        except OSError as error:
+            raise ConfigError(
+                f"can't listen on {self._host}:{self._port}: {error.strerror}"
+            ) from None
+        host, port = runner.addresses[0][:2]
+        self.url = f"http://{host}:{port}"
+
+
+def _has_agent(room: rtc.Room | None) -> bool:
+    """Whether somebody is there that the avatar may speak for."""
+    return room is not None and any(
+        one.kind == rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
+        and one.identity != room.local_participant.identity
+        for one in room.remote_participants.values()
+    )
+
+
+async def _measure(studio: Studio, name: str) -> int:
+    """How many rooms this machine carries: drawing has one thread, encoding the cores."""
+    persona = load_persona(name, studio.settings)
+    avatar = await studio.prepare(persona)
+    renderer = await studio.renderer(persona.engine)
+
+    def draw(engine: Any) -> float:
+        session = engine.open(avatar)
+        noise = np.random.default_rng(1).standard_normal(16_000 * 2).astype(np.float32) * 0.1
+        jobs = session.push(noise) + session.flush()
+        engine.render(jobs[: engine.info.batch])  # the first is always slow
+        clock = time.thread_time if engine.info.device == "cpu" else time.perf_counter
+        begin = clock()
+        for i in range(0, len(jobs), engine.info.batch):
+            engine.render(jobs[i : i + engine.info.batch])
+        return float((clock() - begin) / max(1, len(jobs)))
+
+    share = await renderer.call(draw) * persona.fps
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    on_cpu = share if (await renderer.start()).device == "cpu" else 0.0
+    found = int(min(renderer.HEADROOM / max(share, 1e-3), cores / (on_cpu + ENCODING)))
+    return max(1, found)
