@@ -42,6 +42,8 @@ class StandIn:
         self.tracks_up = True
         self.error: tuple[str, str] | None = None
         self.down = False
+        self.alive = True
+        """False: the service was killed, and the server goes on calling its jobs active."""
         self.jobs: dict[str, api.EgressInfo] = {}
         self.requests: list[Any] = []
         self.url = ""
@@ -81,6 +83,13 @@ class StandIn:
                 api.TrackInfo(type=kind) for kind in (api.TrackType.AUDIO, api.TrackType.VIDEO)
             ]
             return self._proto(api.ParticipantInfo(identity="avatar", tracks=tracks))
+        if method == "ListParticipants":
+            there = [
+                api.ParticipantInfo(identity=id, kind=api.ParticipantInfo.Kind.EGRESS)
+                for id, job in self.jobs.items()
+                if job.status == Status.EGRESS_ACTIVE and self.alive
+            ]
+            return self._proto(api.ListParticipantsResponse(participants=there))
         if self.error is not None:
             return self._problem(*self.error)
         if method in ("StartParticipantEgress", "StartRoomCompositeEgress"):
@@ -113,6 +122,8 @@ class StandIn:
                         result.status = Stream.FINISHED
             return self._proto(one)
         assert method == "StopEgress"
+        if not self.alive:
+            return self._problem("unavailable", "no response from servers")
         one = self.jobs[api.StopEgressRequest.FromString(body).egress_id]
         one.status = Status.EGRESS_COMPLETE
         self.requests.append("stop")
@@ -281,6 +292,19 @@ async def test_a_server_that_is_away_and_one_that_forgot(stand_in: StandIn) -> N
         await one.until(lambda: one.state("a") is State.RECONNECTING)
         assert "forgotten" in one.outputs.targets["a"].reason
         await one.until(lambda: one.state("a") is State.LIVE)
+
+
+async def test_a_service_that_was_killed_is_missed_in_the_room(stand_in: StandIn) -> None:
+    async with Watched(stand_in.url) as one:
+        one.add("a")
+        await one.until(lambda: one.state("a") is State.LIVE)
+        await asyncio.sleep(1)
+        stand_in.alive = False
+        await one.until(lambda: one.state("a") is State.RECONNECTING)
+        assert "without a word" in one.outputs.targets["a"].reason
+        stand_in.alive = True
+        await one.until(lambda: one.state("a") is State.LIVE)
+        assert one.outputs.starts == 2
 
 
 async def test_a_webhook_is_faster_than_polling(

@@ -59,6 +59,12 @@ def test_an_address_is_read_and_never_shows_its_key(
     assert pickle.loads(pickle.dumps(url)) == url
 
 
+def test_a_short_key_is_masked_as_a_word() -> None:
+    url = StreamUrl.parse("rtmp://h.test/live/one")
+    said = url.scrub("rtmp://h.test/live/one is gone: one, 'one' and one?x")
+    assert said == "rtmp://h.test/live/**** is gone: ****, '****' and ****?x"
+
+
 def test_srt_and_files() -> None:
     url = StreamUrl.parse(f"srt://h.test:9000?streamid={KEY}&mode=caller&passphrase=abcdefghij")
     assert (url.kind, url.host, url.port) == ("srt", "h.test", 9000)

@@ -234,9 +234,9 @@ class Broadcast:
         self._last_frame = time.monotonic()
         await self._replace_encoder()
         self._tasks = [
-            asyncio.create_task(self._tick(), name="onair-tick"),
-            asyncio.create_task(self._keep_encoder(), name="onair-encoder"),
-            asyncio.create_task(self._report(), name="onair-report"),
+            asyncio.create_task(_for_ever(self._tick), name="onair-tick"),
+            asyncio.create_task(_for_ever(self._keep_encoder), name="onair-encoder"),
+            asyncio.create_task(_for_ever(self._report), name="onair-report"),
         ]
 
     async def aclose(self) -> None:
@@ -442,6 +442,16 @@ class Broadcast:
                     self.tell(target, "progress")
 
 
+async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """What keeps a broadcast up must not end by a mistake of ours: it is told, and goes on."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            logger.exception("a part of the broadcast failed and is started again")
+            await asyncio.sleep(1.0)
+
+
 # --- the sink -------------------------------------------------------------------------------------
 
 
@@ -455,7 +465,7 @@ class AvSink:
     `on_event` is called on the loop that called `open`.
     """
 
-    BACKLOG = 250
+    BACKLOG = 50
     """Frames that may wait for the thread; it takes them in microseconds, so this is never seen."""
 
     def __init__(

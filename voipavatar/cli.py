@@ -330,6 +330,69 @@ async def _render(
             return length
 
 
+# --- prepare and personas -------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--persona", default="default", show_default=True, help="Name, or a YAML file.")
+@click.option(
+    "--sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a picture of what was found, the mouth's shapes and a blink (viseme).",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def prepare(settings: Settings, persona: str, sheet: Path | None, as_json: bool) -> int:
+    """Find the face in a persona's portrait and make ready what drawing needs.
+
+    It would happen by itself at first use; here one sees what comes of it.
+    """
+    who = load_persona(persona, settings)
+    return _prepared(settings, who, sheet, as_json)
+
+
+def _prepared(settings: Settings, who: Persona, sheet: Path | None, as_json: bool) -> int:
+    if sheet is not None and who.engine != "viseme":
+        raise ConfigError(f"--sheet is for the viseme engine; {who.name} uses {who.engine}")
+    done = _run(_preparing(settings, who, sheet))
+    if done is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(done)
+        return 0
+    for line in done["advice"]:
+        _err.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
+    _out.print(f"{who.name} is ready: {escape(done['path'])}", soft_wrap=True)
+    if sheet is not None:
+        _out.print(f"sheet: {escape(str(sheet))}", soft_wrap=True)
+    return 0
+
+
+async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> dict[str, Any]:
+    from .session import Studio
+
+    with _steps() as tell:
+
+        def progress(what: str, done: float) -> None:
+            tell(f"preparing {who.name}: {what} ({done:.0%})")
+
+        async with Studio(settings) as studio:
+            avatar = await studio.prepare(who, progress)
+        advice: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            manifest = json.loads((avatar.path / "manifest.json").read_text("utf-8"))
+            advice = list(manifest.get("advice", []))
+        if sheet is not None and who.portrait is not None:
+            tell("drawing the sheet")
+            from .engines.viseme import VisemeEngine
+            from .sheet import write_sheet
+
+            portrait = who.beside(who.portrait)
+            options = who.engine_settings()
+            await asyncio.to_thread(write_sheet, VisemeEngine(), avatar, portrait, options, sheet)
+    return {"persona": who.name, "path": str(avatar.path), "advice": advice}
+
+
 # --- personas, doctor, bench ----------------------------------------------------------------------
 
 
@@ -337,7 +400,7 @@ async def _render(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def personas(context: click.Context, as_json: bool) -> None:
-    """List the personas. `personas schema` prints the JSON schema of their YAML."""
+    """List the personas. `personas new` makes one from a picture."""
     if context.invoked_subcommand is not None:
         return
     found = list_personas(context.obj)
@@ -376,6 +439,67 @@ def personas(context: click.Context, as_json: bool) -> None:
 def schema() -> None:
     """Print the JSON schema of a persona's YAML, for editors."""
     _print_json(persona_schema())
+
+
+@personas.command("new")
+@click.option(
+    "--from",
+    "picture",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="The portrait; it stays where it is.",
+)
+@click.option("--name", help="How it is asked for; the picture's name otherwise.")
+@click.option("--title", default="", help="How people call it.")
+@click.option("--voice", multiple=True, help="Once or more: piper, espeak, edge, ...")
+@click.option("--size", default="1280x720", show_default=True, help="WIDTHxHEIGHT, even.")
+@click.option("--face-at", help="X,Y in the picture: which of several faces.")
+@click.option("--force", is_flag=True, help="Replace a YAML that is there.")
+@click.option(
+    "--sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write a picture of what was found.",
+)
+@click.pass_obj
+def personas_new(
+    settings: Settings,
+    picture: Path,
+    name: str | None,
+    title: str,
+    voice: tuple[str, ...],
+    size: str,
+    face_at: str | None,
+    force: bool,
+    sheet: Path | None,
+) -> int:
+    """Make a persona from a picture: writes its YAML beside it, and prepares it."""
+    from .newpersona import persona_name, persona_text, write_persona
+
+    called = name or persona_name(picture)
+    file = picture.parent / f"{called}.yaml"
+    width, height = _pair(size, "x", "--size 1280x720")
+    point = _pair(face_at, ",", "--face-at 640,300") if face_at else None
+    text = persona_text(
+        called,
+        picture,
+        title=title,
+        voice=voice or ("piper", "espeak"),
+        size=(width, height),
+        face_at=point,
+    )
+    write_persona(file, text, force=force)
+    try:
+        code = _prepared(settings, load_persona(file, settings), sheet, False)
+    finally:
+        _out.print(f"persona: {escape(str(file))}", soft_wrap=True)
+    return code
+
+
+def _pair(text: str, mark: str, example: str) -> tuple[int, int]:
+    first, _, second = text.lower().partition(mark)
+    if not (first.strip().isdigit() and second.strip().isdigit()):
+        raise click.UsageError(f"Give two whole numbers, as in {example}.")
+    return int(first), int(second)
 
 
 @cli.command()
@@ -542,6 +666,42 @@ def bench_broadcast(settings: Settings, minutes: float) -> int:
     if found is None:
         return INTERRUPTED
     _print_json(found)
+    return 0
+
+
+@bench.command("face")
+@click.option(
+    "--portrait",
+    "portraits",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A further picture; once or more.",
+)
+@click.option("--persona", "names", multiple=True, help="Only these of the personas.")
+@click.option("--voice", default="piper", show_default=True, help="One that tells phonemes.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def bench_face(
+    settings: Settings,
+    portraits: tuple[Path, ...],
+    names: tuple[str, ...],
+    voice: str,
+    as_json: bool,
+) -> int:
+    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness."""
+    from .facebench import face, table
+
+    async def measuring() -> list[dict[str, Any]]:
+        with _steps() as tell:
+            return await face(settings, portraits=portraits, personas=names, voice=voice, tell=tell)
+
+    rows = _run(measuring())
+    if rows is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(rows)
+    else:
+        print(table(rows))
     return 0
 
 

@@ -30,6 +30,8 @@ POLL = 2.0
 """Seconds between questions to the server; webhooks only make it faster."""
 REQUEST_LIMIT = 15.0
 """Seconds for one request; starting waits for the service to take the job."""
+MISSED = 3
+"""Looks at the room in a row without the egress in it, after which it counts as dead."""
 TRACKS_LIMIT = 30.0
 """Seconds for which we say nothing while the avatar's tracks aren't up."""
 HEALTHY = 10.0
@@ -304,6 +306,8 @@ class EgressOutputs:
         """Watch a running egress, and tell it of changes, until it has ended."""
         assert self._server is not None
         silent_since = time.monotonic()
+        seen = False
+        missed = 0
         while info.status not in ENDED:
             self._see(info)
             if self._closing or not self._wanted():
@@ -319,6 +323,9 @@ class EgressOutputs:
                     found = await self._server.egress.list_egress(
                         api.ListEgressRequest(egress_id=info.egress_id)
                     )
+                    present = await self._server.room.list_participants(
+                        api.ListParticipantsRequest(room=self._room)
+                    )
             except TransportError as error:
                 if not error.retryable or time.monotonic() - silent_since > 60:
                     raise
@@ -328,6 +335,13 @@ class EgressOutputs:
             if not found.items:
                 raise TransportError("the server has forgotten the egress: it was restarted")
             info = found.items[0]
+            # A service that was killed stays "active" for ever; but it is in the room under the
+            # egress' own name, and the server notices within 20 s that it has gone.
+            there = any(one.identity == info.egress_id for one in present.participants)
+            seen, missed = seen or there, 0 if there else missed + 1
+            if seen and missed >= MISSED and info.status == api.EgressStatus.EGRESS_ACTIVE:
+                await self._stop(info)
+                raise TransportError("the egress service has gone without a word")
         self._see(info)
         return info
 

@@ -15,6 +15,7 @@ import json
 import logging
 import mmap
 import os
+import signal
 import socket
 import struct
 import sys
@@ -707,8 +708,9 @@ class EncoderProcess:
         self.reason = self.reason or reason
         if self._child is not None:
             if self._child.returncode is None:
+                # Not `self._child.kill()`: it polls, and takes the exit from asyncio's hands.
                 with contextlib.suppress(ProcessLookupError):
-                    self._child.kill()
+                    os.kill(self._child.pid, signal.SIGKILL)
             await self._child.wait()
         for task in (self._reading, self._hearing):
             if task is not None:
@@ -736,6 +738,9 @@ class EncoderProcess:
             self.reason = self.reason or "it ended" + (
                 f": {self._errors[-1]}" if self._errors else ""
             )
+        except Exception as error:  # a mistake of ours; the encoder is replaced
+            logger.exception("a packet could not be taken")
+            self.reason = self.reason or type(error).__name__
         finally:
             if self._opened is not None and not self._opened.done():
                 self._opened.set_exception(TransportError(f"the encoder failed: {self.reason}"))

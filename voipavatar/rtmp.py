@@ -128,7 +128,10 @@ class StreamUrl:
     def scrub(self, text: str) -> str:
         """`text` (a server's answer, say) without this address's secrets."""
         for secret in self.secrets:
-            text = text.replace(secret, MASK)
+            if len(secret) < 6:  # "one" is not a secret part of "gone"
+                text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
+            else:
+                text = text.replace(secret, MASK)
         return text
 
 

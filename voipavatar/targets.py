@@ -63,6 +63,9 @@ while and says that the name is taken)."""
 SHORT_LIFE, SHORT_LIVES = 3.0, 6
 """A new target that is taken and dropped within so many seconds, so many times, has a bad key."""
 
+STEADY = 1.0
+"""Seconds live after which the next break is a new one, met with the shortest wait."""
+
 PROOF = 0.3
 """Seconds that a connection must last before it counts as live."""
 
@@ -601,6 +604,9 @@ class Target:
             await self._run()
         except TransportError as error:
             self._become(State.FAILED, str(error))
+        except Exception as error:  # a mistake of ours ends this target and no other
+            logger.exception("an output failed")
+            self._become(State.FAILED, f"an internal error ({type(error).__name__}); see the log")
         finally:
             if self._retiring is not None:
                 self._retiring.cancel()
@@ -644,9 +650,10 @@ class Target:
         """
         first = not self._ever_moved
         self._ever_moved = self._ever_moved or moved
+        if moved and lived is not None and lived >= STEADY:
+            self._backoff.reset()
         if moved and lived is not None and lived >= SHORT_LIFE:
             self._ever_live, self._short_lives = True, 0
-            self._backoff.reset()
         elif lived is not None and not self._ever_live:
             self._short_lives += 1
         if not error.retryable and (not self._ever_live or outage > REFUSED_LIMIT):

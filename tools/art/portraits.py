@@ -1332,6 +1332,7 @@ LOOKS["marcus"] = Look(
     lash_length=0.030,
     cloth=(0.17, 0.20, 0.27),
     background=((0.88, 0.84, 0.80), (0.60, 0.58, 0.60), (0.33, 0.34, 0.40)),
+    exposure=1.14,
     seed=21,
 )
 LOOKS["nora"] = Look(
@@ -1502,10 +1503,15 @@ def landmarks(
     look: Look, base: Base, surface: Surface, features: Features, irises: dict[str, F],
     camera: Camera,
 ) -> dict[str, Any]:  # fmt: skip
-    """Where the features are in the picture, in pixels of the full size."""
+    """Where the features are in the picture, in pixels of the full size.
+
+    A pixel's middle has whole coordinates, as in OpenCV.
+    """
 
     def pixels(points: Any) -> list[list[float]]:
-        return [[round(float(v), 1) for v in q] for q in np.atleast_2d(camera.project(points))]
+        return [
+            [round(float(v), 1) for v in q] for q in np.atleast_2d(camera.project(points) - 0.5)
+        ]
 
     def loop(upper: F, lower: F) -> list[list[float]]:
         top, low = pixels(curve(upper, 11)), pixels(curve(lower, 11))
@@ -1545,7 +1551,7 @@ def landmarks(
 
     def eye(side: str) -> dict[str, Any]:
         upper, lower = features.lids[side]
-        (cx, cy), (rx, ry) = camera.project(irises[side])
+        (cx, cy), (rx, ry) = camera.project(irises[side]) - 0.5
         return {
             "upper": pixels(curve(upper, 9)),
             "lower": pixels(curve(lower, 9)),
@@ -1598,8 +1604,11 @@ def draw_landmarks(image: NDArray[np.uint8], marks: dict[str, Any]) -> NDArray[n
 
 def as_yaml(marks: dict[str, Any]) -> str:
     """The landmarks as the text of landmarks.yaml, one feature a line."""
-    lines = ["# Pixels of portrait.png, x right, y down; left and right as seen in the picture."]
-    lines.append("landmarks:")
+    lines = [
+        "# Pixels of portrait.png, x right, y down, the middle of the first pixel at (0, 0);",
+        "# left and right as seen in the picture.",
+        "landmarks:",
+    ]
     for name, value in marks.items():
         if isinstance(value, dict):
             lines.append(f"  {name}:")
