@@ -585,3 +585,16 @@ async def test_as_an_agent_streams_its_answer(settings: Settings) -> None:
     starts = [word.start_time for word in found]
     assert starts == sorted(starts)
     assert max(cue.end for cue in cues) == pytest.approx(samples / 22_050, abs=0.05)
+
+
+async def test_the_systems_own_voice(settings: Settings) -> None:
+    pytest.importorskip("pyttsx3")
+    voice = make_voice([VoiceChoice(use="pyttsx3", options={"rate": 180})], settings)
+    try:
+        pcm, rate, cues = await said(speak(voice, "Hello there. How are you?"))
+    except TransportError as error:
+        pytest.skip(f"pyttsx3 finds no voice of the system: {error}")
+    finally:
+        await voice.aclose()
+    assert rate == 48_000 and len(pcm) > rate
+    assert not words(cues)

@@ -36,6 +36,9 @@ class Settings:
     cache_dir: Path = Path("~/.cache/voipavatar")
     persona_dirs: tuple[Path, ...] = ()
     """Looked in before the built-in personas; VOIPAVATAR_PERSONAS, separated like PATH."""
+    face_models: Path | None = None
+    """A folder with the networks that find a face, or with the wheel that holds them; for
+    machines without a network."""
     host: str = "127.0.0.1"
     port: int = 8080
     token: str = field(default="", repr=False)
@@ -86,7 +89,7 @@ def _read(name: str, raw: str) -> Any:
         return number
     if name == "idle_minutes":
         return float(raw)
-    if name == "cache_dir":
+    if name in ("cache_dir", "face_models"):
         return Path(raw).expanduser()
     if name == "persona_dirs":
         return tuple(Path(part).expanduser() for part in raw.split(os.pathsep) if part)

@@ -65,7 +65,17 @@ def _clapper(settings: Settings) -> Engine:
     return ClapperEngine()
 
 
-ENGINES: dict[str, Callable[[Settings], Engine]] = {"viseme": _viseme, "clapper": _clapper}
+def _musetalk(settings: Settings) -> Engine:
+    from .engines.musetalk import MuseTalk
+
+    return MuseTalk(settings)
+
+
+ENGINES: dict[str, Callable[[Settings], Engine]] = {
+    "viseme": _viseme,
+    "clapper": _clapper,
+    "musetalk": _musetalk,
+}
 """A new engine is one new file and one row here."""
 
 

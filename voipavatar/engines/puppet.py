@@ -98,6 +98,7 @@ class Puppet:
         # The seam in the middle of the mouth, in face units below its origin.
         seam = ((upper + lower)[5] / 2 - rig.frame[0]) @ self._down
         self._seam = float(seam) / self._unit
+        self._own_teeth = bool(rig.teeth[4, ..., 3].any())
         self._grain = np.random.default_rng(7).normal(0, 1.0, (256, 256)).astype(np.float32)
         self._columns = np.arange(width, dtype=np.float32) + x
         self._rows = (np.arange(height, dtype=np.float32) + y)[:, None]
@@ -339,6 +340,10 @@ class Puppet:
         # Shade takes colour with it, though less.
         fade = (0.35 + 0.65 * shade)[..., None]
         paint[..., 1:] = (paint[..., 1:] - 128) * fade + 128
+
+        if self._own_teeth:
+            # They have the portrait's own light.
+            over(4, 0.0)
 
         at_y, at_x = y0 - region_y, x0 - region_x
         _blend(luma[at_y : at_y + height, at_x : at_x + width], paint[..., 0], alpha)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -20,7 +21,7 @@ import time
 import weakref
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -28,13 +29,18 @@ from typing import Any, Protocol, cast
 import cv2
 import numpy as np
 
+from ..config import Settings
 from ..errors import AvatarError, ConfigError, EngineError
+from ..facemesh import FaceMesh
+from ..facemodels import face_models
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
 from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec
 from .puppet import Pose, Puppet
 from .rig import HEAD, Landmarks, Rig, build, parse_landmarks
 
-VERSION = 2
+log = logging.getLogger(__name__)
+
+VERSION = 3
 
 PARAMETERS = 8
 """Mouth parameters of a pose: `articulation.PARAMETERS`."""
@@ -94,6 +100,9 @@ class Options:
     background: tuple[int, int, int] = (208, 204, 200)
     """Red, green, blue behind a portrait that is transparent."""
     landmarks: dict[str, Any] | None = None
+    """Where the face is, by hand; without it the face is found."""
+    face_at: tuple[float, float] | None = None
+    """Pixel of the portrait: of several faces the one nearest to it; otherwise the largest."""
 
 
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -119,6 +128,8 @@ def _parse(options: dict[str, Any]) -> tuple[Options, Landmarks | None]:
             values[key] = value
         elif key == "background":
             values[key] = _colour(value)
+        elif key == "face_at":
+            values[key] = _place(value)
         else:
             values[key] = _number(key, value, whole=isinstance(known[key].default, int))
     result = Options(**{key: value for key, value in values.items() if value is not None})
@@ -139,6 +150,16 @@ def _number(key: str, value: object, *, whole: bool) -> int | float:
     if not low <= value <= high:
         raise ConfigError(f"engine option {key} must be {low:g} to {high:g}, not {value!r}")
     return int(value) if whole else float(value)
+
+
+def _place(value: object) -> tuple[float, float]:
+    if (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    ):
+        return float(value[0]), float(value[1])
+    raise ConfigError("engine option face_at must be [x, y], pixels of the portrait")
 
 
 def _colour(value: object) -> tuple[int, int, int]:
@@ -203,6 +224,57 @@ def fit(picture: UInt8, marks: Landmarks, width: int, height: int) -> tuple[UInt
     y0 = int(np.clip(round(y), 0, size[1] - height))
     crop = np.ascontiguousarray(scaled[y0 : y0 + height, x0 : x0 + width])
     return cast(UInt8, crop), marks.moved(scale, (-x0, -y0))
+
+
+_finder: FaceMesh | None = None
+_finding = threading.Lock()
+
+
+def find_face(
+    picture: UInt8, options: Options, tell: Callable[[str], None]
+) -> tuple[Landmarks, list[str]]:
+    """The face of a portrait (BGR), and what a person should know about it.
+
+    AvatarError when there is none; TransportError when the networks that find it can't be had.
+    """
+    global _finder
+    with _finding:
+        if _finder is None:
+            _finder = FaceMesh(face_models(Settings.from_env(), tell))
+        found = _finder.find(picture, options.face_at)
+    rows, columns = picture.shape[:2]
+    advice = found.advice(max(options.width / columns, options.height / rows))
+    if advice:
+        log.warning("a portrait has weaknesses", extra={"advice": len(advice)})
+    marks = found.landmarks()
+    # A face cut off by the picture's edge still moves within it.
+    limit = np.array([columns - 2.0, rows - 2.0])
+    for name in ("jaw", "forehead"):
+        marks[name] = np.clip(np.asarray(marks[name]), 1.0, limit).tolist()
+    try:
+        return parse_landmarks(marks), advice
+    except ConfigError as error:
+        raise AvatarError(
+            "the face in the portrait can't be used as it lies there: use one that is upright and "
+            f"looks at the viewer ({error})"
+        ) from error
+
+
+def _points_of(marks: Landmarks) -> dict[str, list[list[float]]]:
+    """What a sheet shows, in pixels of the portrait."""
+    lines = {
+        "outer_lips": marks.outer_lips,
+        "inner_lips": marks.inner_lips,
+        "jaw": marks.jaw,
+        "left_brow": marks.left_brow,
+        "right_brow": marks.right_brow,
+        "nose": marks.nose,
+        "forehead": marks.forehead[None],
+    }
+    for name, eye in (("left_eye", marks.left_eye), ("right_eye", marks.right_eye)):
+        lines[f"{name}_upper"], lines[f"{name}_lower"] = eye.upper, eye.lower
+        lines[f"{name}_iris"] = eye.iris[None]
+    return {name: np.round(line, 2).tolist() for name, line in lines.items()}
 
 
 # --- life -----------------------------------------------------------------------------------------
@@ -466,15 +538,17 @@ class VisemeEngine:
             return avatar
         progress("reading the portrait", 0.1)
         picture = read_portrait(data, parsed.background)
+        advice: list[str] = []
+        given = marks is not None
         if marks is None:
-            raise AvatarError(
-                "where the face is must be told: give `landmarks` in the persona's YAML"
-            )
+            progress("finding the face", 0.15)
+            marks, advice = find_face(picture, parsed, lambda what: progress(what, 0.15))
+        told = _points_of(marks)
         picture, marks = fit(picture, marks, parsed.width, parsed.height)
         progress("finding how the face moves", 0.3)
         rig = build(picture, marks, parsed.motion)
         progress("writing", 0.9)
-        _save(target, rig, key, parsed)
+        _save(target, rig, key, parsed, {"advice": advice, "given": given, "landmarks": told})
         progress("ready", 1.0)
         return avatar
 
@@ -519,7 +593,7 @@ def _key(source: bytes, options: Options) -> str:
     """Changes with everything that changes the rig; not with what only a session uses."""
     told = {
         name: getattr(options, name)
-        for name in ("width", "height", "motion", "background", "landmarks")
+        for name in ("width", "height", "motion", "background", "landmarks", "face_at")
     }
     digest = hashlib.sha256(f"viseme {VERSION}\n".encode())
     digest.update(json.dumps(told, sort_keys=True, default=float).encode())
@@ -554,7 +628,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _save(folder: Path, rig: Rig, key: str, options: Options) -> None:
+def _save(folder: Path, rig: Rig, key: str, options: Options, found: Mapping[str, object]) -> None:
     """Arrays first, the manifest last, each by renaming: what is there is whole or not counted."""
     buffer = io.BytesIO()
     arrays = {one.name: getattr(rig, one.name) for one in fields(Rig)}
@@ -570,6 +644,7 @@ def _save(folder: Path, rig: Rig, key: str, options: Options) -> None:
         "height": options.height,
         "region": {"x": x, "y": y, "width": width, "height": height},
         "arrays": {name: list(array.shape) for name, array in arrays.items()},
+        **found,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -670,7 +670,10 @@ def _spoken(
         if not (high > 0 and low < count and high > low):
             continue
         low, high = max(0, low), min(count, high)
-        if low > 0 and phonemes[low - 1] in _STRESS:
-            low -= 1
+        while low > 0 and (
+            phonemes[low - 1] in _STRESS
+            or (phonemes[low - 1] == " " and starts[low] - starts[low - 1] < GAP)
+        ):
+            low -= 1  # as `_phonemes` has it
         cues.append(Cue("word", token, origin + starts[low], origin + starts[high]))
     return cues

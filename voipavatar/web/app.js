@@ -2,6 +2,7 @@
 
 import { ask, events, Gone, picture, Refused, setToken } from "./api.js";
 import { Call, FrameCounter, loadLibrary, Meter } from "./call.js";
+import { GoLive } from "./golive.js";
 import { Microphone } from "./mic.js";
 
 const $ = (id) => document.getElementById(id);
@@ -26,6 +27,7 @@ const LABELS = {
 
 let trouble = "connecting"; // what stands in the way, or null
 let stage = "idle"; // the avatar's own state
+const broadcast = new GoLive(document.getElementById("golive"));
 let session = null; // the ticket of the session that is open
 let switching = null; // AbortController of the session's life
 let personas = [];
@@ -86,6 +88,7 @@ async function live() {
   for (;;) {
     session = await enter();
     remember(session);
+    broadcast.show(session.id);
     switching = new AbortController();
     const { signal } = switching;
     setTrouble(call.present ? null : "connecting");
@@ -94,6 +97,7 @@ async function live() {
     switching.abort();
     await room;
     session = null;
+    broadcast.show(null);
     stage = "idle";
     microphone.stop();
     showMicrophone();
@@ -449,6 +453,7 @@ async function stop() {
 /** One event. Those of utterances wait for the answers under way, which name them. */
 function heard(event) {
   const at = performance.now();
+  broadcast.heard(event);
   if (event.type === "state") {
     stage = event.state;
     show();

