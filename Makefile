@@ -17,10 +17,11 @@ demo: setup  ## talk to the avatar in your browser; Ctrl-C ends it
 	@exec $(VENV)/bin/voipavatar demo $(ARGS)
 
 dev:  ## .venv with what the tests and checks need too
-	@sh tools/setup demo,dev $(VENV)
+	@sh tools/setup demo,train,dev $(VENV)
 
 test: dev  ## all tests, on real servers and a real browser; ARGS="-k stage" runs some
 	@sh tools/need chromium:chromium,fonts-liberation ffmpeg:ffmpeg
+	@$(PY) -m voipavatar fetch
 	$(PY) -m pytest $(ARGS)
 
 check: dev  ## style and types

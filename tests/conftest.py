@@ -50,6 +50,23 @@ def livekit(request: pytest.FixtureRequest) -> Iterator[LiveKitServer]:
     asyncio.run(server.stop())
 
 
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.RabbitMQ]:
+    """A RabbitMQ node for the whole session. A test that ends it must start it again.
+
+    Tests take names of their own: whatever they declare stays there.
+    """
+    if servers.RabbitMQ.script() is None:
+        servers.missing("no RabbitMQ is installed: apt-get install rabbitmq-server")
+    node = servers.RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+    forget = [servers.keep(lambda: node.pid), servers.keep(lambda: node.epmd_pid)]
+    asyncio.run(node.start())
+    yield node
+    asyncio.run(node.stop())
+    for one in forget:
+        one()
+
+
 @pytest_asyncio.fixture
 async def make_livekit(livekit: LiveKitServer) -> AsyncIterator[MakeLiveKit]:
     """Makes livekit-servers that belong to this test alone."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import importlib
 import io
 import json
 import ssl
@@ -393,3 +394,48 @@ async def cartesia(behaviour: Behaviour) -> AsyncIterator[str]:
 
     async with served({"/tts/websocket": speak}) as port:
         yield f"http://127.0.0.1:{port}"
+
+
+# --- Google ---------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def google(behaviour: Behaviour) -> AsyncIterator[str]:
+    """`google.cloud.texttospeech.v1.TextToSpeech/StreamingSynthesize` over gRPC; host and port."""
+    grpc: Any = importlib.import_module("grpc")
+    api: Any = importlib.import_module("google.cloud.texttospeech_v1")
+
+    async def speak(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        behaviour.connections += 1
+        if behaviour.status:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no")
+        async for request in requests:
+            if not request.input.text:
+                behaviour.requests.append({"voice": request.streaming_config.voice.name})
+                continue
+            behaviour.texts.append(request.input.text)
+            pcm, _ = spoken(request.input.text)
+            for sent, at in enumerate(range(0, len(pcm), 6_000)):
+                if not await behaviour.gate(sent):
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+                part = pcm[at : at + 6_000].tobytes()
+                yield api.StreamingSynthesizeResponse(audio_content=part)
+
+    handler = grpc.method_handlers_generic_handler(
+        "google.cloud.texttospeech.v1.TextToSpeech",
+        {
+            "StreamingSynthesize": grpc.stream_stream_rpc_method_handler(
+                speak,
+                request_deserializer=api.StreamingSynthesizeRequest.deserialize,
+                response_serializer=api.StreamingSynthesizeResponse.serialize,
+            )
+        },
+    )
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0.2)

@@ -14,7 +14,7 @@ from voipavatar.config import (
     persona_schema,
     resolve,
 )
-from voipavatar.errors import ConfigError
+from voipavatar.errors import ConfigError, InputError
 
 
 def write(folder: Path, text: str, name: str = "nora.yaml") -> Path:
@@ -95,6 +95,39 @@ def test_settings_come_from_the_environment_once_and_hide_secrets() -> None:
     for value in ("nine", "-1", "70000"):
         with pytest.raises(ConfigError, match="VOIPAVATAR_PORT"):
             Settings.from_env({"VOIPAVATAR_PORT": value})
+
+
+def test_the_broker_is_named_by_one_address_or_by_the_common_variables() -> None:
+    parts = {
+        "RABBITMQ_HOST": "broker.example", "RABBITMQ_PORT": "5673", "RABBITMQ_USER": "avatar",
+        "RABBITMQ_PASSWORD": "p@ss/word", "RABBITMQ_QUEUE": "talking_face_input",
+        "RABBITMQ_VHOST": "tenant/1",
+    }  # fmt: skip
+    settings = Settings.from_env(parts)
+    assert settings.amqp_url == "amqp://avatar:p%40ss%2Fword@broker.example:5673/tenant%2F1"
+    assert settings.queue == "talking_face_input" and "p%40ss" not in repr(settings)
+    plain = Settings.from_env({"RABBITMQ_HOST": "localhost", "RABBITMQ_VHOST": "/"})
+    assert plain.amqp_url == "amqp://guest:guest@localhost:5672/"
+    linked = Settings.from_env({"RABBITMQ_HOST": "::1", "RABBITMQ_PORT": "tcp://10.0.0.1:99"})
+    assert linked.amqp_url == "amqp://guest:guest@[::1]:99/"
+    whole = {"VOIPAVATAR_AMQP_URL": "amqps://u:p@h/v", "VOIPAVATAR_QUEUE": "mine"}
+    assert Settings.from_env(parts | whole).amqp_url == "amqps://u:p@h/v"
+    assert Settings.from_env(parts | whole).queue == "mine"
+    assert Settings.from_env({}).amqp_url == ""
+    with pytest.raises(ConfigError, match="RABBITMQ_PORT"):
+        Settings.from_env({"RABBITMQ_HOST": "h", "RABBITMQ_PORT": "many"})
+    with pytest.raises(ConfigError, match="begins with amqp") as caught:
+        Settings.from_env({"VOIPAVATAR_AMQP_URL": "http://u:hush@h"})
+    assert "hush" not in str(caught.value)
+
+
+def test_a_voice_is_chosen_among_the_personas_own() -> None:
+    voices = ["piper", {"use": "edge"}, {"use": "edge", "options": {}}]
+    persona = Persona.model_validate({"name": "p", "voice": voices})
+    assert [one.use for one in persona.voices("edge#2")] == ["edge", "piper", "edge"]
+    assert persona.voices(None) == persona.voice
+    with pytest.raises(InputError, match="it has: piper, edge, edge#2"):
+        persona.voices("os.system")
 
 
 def test_secrets_are_taken_when_they_are_needed() -> None:

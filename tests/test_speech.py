@@ -104,6 +104,24 @@ async def test_sound_is_where_the_phonemes_are(voice: tts.TTS[Any]) -> None:
     assert np.abs(pcm.astype(np.int32)).max() < 32700
 
 
+async def test_cues_have_no_lag(voice: tts.TTS[Any]) -> None:
+    """Vowels are loud and closures quiet when their cues say so, not some frames later."""
+    pcm, rate, cues = await _said(speak(voice, LONG * 2))
+    hop = rate // 200
+    count = len(pcm) // hop
+    power = (pcm[: count * hop].astype(np.float64).reshape(count, hop) ** 2).mean(axis=1)
+    level = np.log(np.sqrt(np.convolve(power, np.ones(3) / 3, "same")) + 3)
+    for sign, wanted in ((1, set("aɑæʌɔəɚɛɜɪioʊueɐᵻ")), (-1, set("ptkbdɡ_"))):
+        there = np.zeros(count)
+        for cue in cues:
+            if cue.kind == "phoneme" and cue.text[0] in wanted:
+                there[int(cue.start * rate / hop) : int(cue.end * rate / hop)] = sign
+        fit = {lag: np.corrcoef(np.roll(there, lag), level)[0, 1] for lag in range(-20, 21)}
+        best = max(fit, key=lambda lag: fit[lag])
+        print(f"{voice.provider}: r {fit[0]:.2f}, best {fit[best]:.2f} at {best * 5} ms")
+        assert abs(best) <= 3 and fit[0] > 0.4
+
+
 async def test_sound_comes_as_it_is_made(voice: tts.TTS[Any]) -> None:
     await _said(speak(voice, "Warm."))
     begun = time.perf_counter()

@@ -17,7 +17,8 @@ import pytest
 from voipavatar.config import Settings, VoiceChoice
 from voipavatar.errors import TransportError
 from voipavatar.media import Cue, Int16
-from voipavatar.speech import Chain, Chunk, make_voice, speak
+from voipavatar.speech import Chain, Chunk, EspeakTTS, make_voice, speak
+from voipavatar.speech.chain import Link
 
 from . import standins
 from .standins import Behaviour
@@ -192,6 +193,33 @@ async def test_the_offline_voice_goes_on(
     assert "Hello" not in caplog.text and "secret" not in caplog.text
 
 
+@pytest.mark.parametrize("trouble", [Behaviour(), Behaviour(status=503), Behaviour(drop_after=2)])
+async def test_google(trouble: Behaviour) -> None:
+    """Its plug-in has no option for the address, so the channel is given to it."""
+    plugin = pytest.importorskip("livekit.plugins.google")
+    grpc = pytest.importorskip("grpc")
+    api = pytest.importorskip("google.cloud.texttospeech_v1")
+    auth = pytest.importorskip("google.auth.credentials")
+    transports = pytest.importorskip(
+        "google.cloud.texttospeech_v1.services.text_to_speech.transports"
+    )
+    voice = plugin.TTS(voice_name="en-US-Chirp3-HD-Charon", credentials=auth.AnonymousCredentials())
+    async with standins.google(trouble) as address:
+        channel = grpc.aio.insecure_channel(address)
+        transport = transports.TextToSpeechGrpcAsyncIOTransport(channel=channel)
+        voice._client = api.TextToSpeechAsyncClient(transport=transport)
+        chain = Chain([Link(voice), Link(EspeakTTS())])
+        heard = await hear(speak(chain, TEXT))
+        await chain.aclose()
+        await channel.close()
+    if trouble.status or trouble.drop_after:
+        assert heard.words[-2:] == ["The", "end."]
+    else:
+        assert " ".join(trouble.texts) == TEXT
+        assert trouble.requests[0]["voice"] == "en-US-Chirp3-HD-Charon"
+        assert heard.rate == 24_000 and heard.seconds > 4
+
+
 async def test_alone_it_tries_again_and_then_says_so(settings: Settings) -> None:
     pytest.importorskip("livekit.plugins.openai")
     behaviour = Behaviour(status=503)
@@ -224,6 +252,12 @@ async def test_phrases_are_asked_for_once(settings: Settings) -> None:
             assert len(other.pcm) == len(one.pcm)
             await hear(speak(voice, "Something new."))
             assert len(behaviour.texts) == asked + 1
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Piper's network, cut once for all tests here."""
+    return tmp_path_factory.mktemp("networks")
 
 
 # --- edge -----------------------------------------------------------------------------------------
@@ -291,16 +325,25 @@ TROUBLES = {
 @pytest.mark.parametrize("offline", ["espeak", "piper"])
 @pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
 async def test_edge_fails_and_the_offline_voice_goes_on(
-    trouble: Behaviour, offline: str, settings: Settings, tls: ssl.SSLContext
+    trouble: Behaviour,
+    offline: str,
+    settings: Settings,
+    networks: Path,
+    tls: ssl.SSLContext,
 ) -> None:
+    options = {"cache_dir": str(networks)} if offline == "piper" else {}
     async with standins.edge(trouble, tls) as port:
-        async with made(settings, edge(port), VoiceChoice(use=offline)) as voice:
+        choices = (edge(port), VoiceChoice(use=offline, options=options))
+        async with made(settings, *choices) as voice:
+            # It is loaded while the first voice still works; on a busy machine that takes a while.
+            await hear(speak(voice.links[1].voice, "Ready."))
             heard = await hear(speak(voice, TEXT))
     print(f"{offline}: first sound {heard.first:.2f} s, longest gap {heard.gap:.2f} s")
     assert heard.words[-2:] == ["The", "end."]
     # Nothing is left out: a word that was cut is said again.
     assert [word for word in heard.words if word in WORDS] == heard.words
     assert set(heard.words) == set(WORDS)
+    assert heard.first < 3 and heard.gap < (2 if offline == "espeak" else 3)
 
 
 async def test_edge_out_of_reach(settings: Settings, tls: ssl.SSLContext) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from voipavatar.engines import Job
 from voipavatar.errors import InputError, StageError
-from voipavatar.media import Audio, Begin, Cancel, Cue, End, Mode, Speech, slice_start
+from voipavatar.media import Audio, Begin, Cancel, Cue, End, Frame, Mode, Speech, slice_start
 from voipavatar.stage import MOVES, Options, State, Turn, move
 
 from .players import FakeSession, Owner, Player, tone
@@ -128,6 +128,48 @@ async def test_a_stalled_voice_pauses_the_turn_and_loses_nothing() -> None:
     assert player.stage.counters.paused > 10
     assert player.owner.ends() == [("finished", number, 1.0, False)]
     assert player.clocks() == list(range(80))
+
+
+async def test_pausing_holds_the_sound_and_loses_nothing() -> None:
+    player = Player()
+    whole = [frame.audio for frame in await _said(Player()) if frame.turn]
+    number = player.say(0.8)
+    before = await player.tick(8)
+    player.stage.pause()
+    player.stage.pause()
+    held = await player.tick(25)
+    assert player.stage.paused and player.stage.waiting() == [number]
+    assert sum(frame.turn is not None for frame in held) <= player.stage.options.ahead
+    assert not any(frame.turn for frame in held[5:])
+    assert 0 < player.stage.played_of(number) < 0.8
+    player.stage.resume()
+    after = await player.tick(30)
+    spoken = [frame.audio for frame in (*before, *held, *after) if frame.turn]
+    assert len(spoken) == len(whole)
+    assert all((one == other).all() for one, other in zip(spoken, whole, strict=True))
+    [(_, _, heard, interrupted)] = player.owner.ends()
+    assert heard == pytest.approx(0.8, abs=0.001) and not interrupted
+    assert player.clocks() == list(range(63))
+
+
+async def _said(player: Player) -> list[Frame]:
+    player.say(0.8)
+    return await player.tick(60)
+
+
+async def test_what_is_cancelled_while_paused_is_over_and_the_next_waits() -> None:
+    player = Player()
+    player.stage.pause()
+    first, second = player.say(0.4), player.say(0.4)
+    assert not any(frame.turn for frame in await player.tick(10))
+    player.stage.cancel(first)
+    player.stage.resume()
+    frames = await player.tick(25)
+    assert {frame.turn for frame in frames} == {None, second}
+    assert [end[1:] for end in player.owner.ends()] == [
+        (first, 0.0, True),
+        (second, pytest.approx(0.4, abs=0.001), False),
+    ]
 
 
 async def test_a_late_picture_never_holds_the_sound() -> None:

@@ -594,3 +594,66 @@ def test_articulators_are_one_a_session(engine: VisemeEngine, avatar: Avatar) ->
     began = time.perf_counter()
     two.reset()
     assert time.perf_counter() - began < 0.5
+
+
+# --- gestures -------------------------------------------------------------------------------------
+
+
+def _poses(avatar: Avatar, cues: list[Cue], cut: int) -> list[Pose]:
+    session = VisemeEngine().open(avatar)
+    sound = babble(2.0)
+    session.cue(cues)
+    jobs = []
+    for start in range(0, len(sound), cut):
+        jobs += session.push(sound[start : start + cut])
+    jobs += session.flush()
+    jobs += session.idle(50)
+    return [job.data for job in jobs]
+
+
+def test_gestures_move_what_they_should_and_only_then(avatar: Avatar) -> None:
+    plain = _poses(avatar, [], 1600)
+    names = {"nod": "pitch", "shake": "yaw", "tilt": "roll", "brows": "brow"}
+    for name, what in names.items():
+        poses = _poses(avatar, [Cue("gesture", name, 0.4, 0.4)], 1600)
+        moved = np.array([np.abs(a.head - b.head) for a, b in zip(poses, plain, strict=True)])
+        assert moved[:10].max() == 0 and moved[70:].max() < 1e-6, name
+        assert moved[:, HEAD.index(what)].max() > 0.02, name
+        others = [i for i, other in enumerate(HEAD) if other != what]
+        assert moved[:, others].max() < 1e-6, name
+
+
+def test_a_wink_is_one_eye_and_a_smile_spares_closed_lips(avatar: Avatar) -> None:
+    plain = _poses(avatar, [], 1600)
+    wink = _poses(avatar, [Cue("gesture", "wink", 0.2, 0.2)], 1600)
+    assert max(pose.wink for pose in wink) == 1.0
+    assert [pose.blink for pose in wink] == [pose.blink for pose in plain]
+    smile = _poses(avatar, [Cue("gesture", "smile", 0.2, 0.2)], 1600)
+    wider = [float(a.mouth[1] - b.mouth[1]) for a, b in zip(smile, plain, strict=True)]
+    assert max(wider) > 0.3
+    assert all(a.mouth[3] == b.mouth[3] for a, b in zip(smile, plain, strict=True)), "press stays"
+    assert all(a.mouth[0] == b.mouth[0] for a, b in zip(smile, plain, strict=True)), "jaw stays"
+
+
+def test_gestures_don_t_depend_on_how_the_sound_is_cut(avatar: Avatar) -> None:
+    cues = [Cue("gesture", "nod", 0.4, 0.4), Cue("gesture", "smile", 9.0, 9.0)]
+    for one, other in zip(_poses(avatar, cues, 1600), _poses(avatar, cues, 371), strict=True):
+        assert np.array_equal(one.head, other.head) and np.array_equal(one.mouth, other.mouth)
+
+
+def test_an_unknown_gesture_changes_nothing(avatar: Avatar) -> None:
+    plain = _poses(avatar, [], 1600)
+    for one, other in zip(_poses(avatar, [Cue("gesture", "x", 0, 0)], 1600), plain, strict=True):
+        assert np.array_equal(one.head, other.head)
+
+
+def test_an_interruption_drops_gestures_to_come(avatar: Avatar) -> None:
+    session = VisemeEngine().open(avatar)
+    session.cue([Cue("gesture", "nod", 0.5, 0.5)])
+    session.push(babble(0.4))
+    session.reset(4)
+    still = VisemeEngine().open(avatar)
+    still.idle(4)
+    for one, other in zip(session.idle(40), still.idle(40), strict=True):
+        assert np.allclose(one.data.head, other.data.head, atol=0.03)
+        assert one.data.wink == 0

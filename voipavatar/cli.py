@@ -66,7 +66,34 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Group(click.Group):
+    """A group some of whose commands live beside their engine, imported when asked for."""
+
+    LATER = {
+        ("voipavatar", "models"): "models",
+        ("voipavatar", "build"): "build",
+        ("bench", "musetalk"): "bench_musetalk",
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        later = [name for group, name in self.LATER if group == self.name]
+        return sorted([*super().list_commands(ctx), *later])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = self.LATER.get((self.name or "", cmd_name))
+        if found is None:
+            return super().get_command(ctx, cmd_name)
+        from . import musetalk_cli
+
+        command: click.Command = getattr(musetalk_cli, found)
+        return command
+
+
+@click.group(
+    cls=_Group,
+    name="voipavatar",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="voipavatar", message="%(prog)s %(version)s")
 @click.option("-v", "--verbose", count=True, help="Log more: -v what happens, -vv everything.")
 @click.pass_context
@@ -347,6 +374,69 @@ async def _render(
             return length
 
 
+# --- prepare and personas -------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--persona", default="default", show_default=True, help="Name, or a YAML file.")
+@click.option(
+    "--sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a picture of what was found, the mouth's shapes and a blink (viseme).",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def prepare(settings: Settings, persona: str, sheet: Path | None, as_json: bool) -> int:
+    """Find the face in a persona's portrait and make ready what drawing needs.
+
+    It would happen by itself at first use; here one sees what comes of it.
+    """
+    who = load_persona(persona, settings)
+    return _prepared(settings, who, sheet, as_json)
+
+
+def _prepared(settings: Settings, who: Persona, sheet: Path | None, as_json: bool) -> int:
+    if sheet is not None and who.engine != "viseme":
+        raise ConfigError(f"--sheet is for the viseme engine; {who.name} uses {who.engine}")
+    done = _run(_preparing(settings, who, sheet))
+    if done is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(done)
+        return 0
+    for line in done["advice"]:
+        _err.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
+    _out.print(f"{who.name} is ready: {escape(done['path'])}", soft_wrap=True)
+    if sheet is not None:
+        _out.print(f"sheet: {escape(str(sheet))}", soft_wrap=True)
+    return 0
+
+
+async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> dict[str, Any]:
+    from .session import Studio
+
+    with _steps() as tell:
+
+        def progress(what: str, done: float) -> None:
+            tell(f"preparing {who.name}: {what} ({done:.0%})")
+
+        async with Studio(settings) as studio:
+            avatar = await studio.prepare(who, progress)
+        advice: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            manifest = json.loads((avatar.path / "manifest.json").read_text("utf-8"))
+            advice = list(manifest.get("advice", []))
+        if sheet is not None and who.portrait is not None:
+            tell("drawing the sheet")
+            from .engines.viseme import VisemeEngine
+            from .sheet import write_sheet
+
+            portrait = who.beside(who.portrait)
+            options = who.engine_settings()
+            await asyncio.to_thread(write_sheet, VisemeEngine(), avatar, portrait, options, sheet)
+    return {"persona": who.name, "path": str(avatar.path), "advice": advice}
+
+
 # --- personas, doctor, bench ----------------------------------------------------------------------
 
 
@@ -354,7 +444,7 @@ async def _render(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def personas(context: click.Context, as_json: bool) -> None:
-    """List the personas. `personas schema` prints the JSON schema of their YAML."""
+    """List the personas. `personas new` makes one from a picture."""
     if context.invoked_subcommand is not None:
         return
     found = list_personas(context.obj)
@@ -395,11 +485,79 @@ def schema() -> None:
     _print_json(persona_schema())
 
 
+@personas.command("new")
+@click.option(
+    "--from",
+    "picture",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="The portrait; it stays where it is.",
+)
+@click.option("--name", help="How it is asked for; the picture's name otherwise.")
+@click.option("--title", default="", help="How people call it.")
+@click.option("--voice", multiple=True, help="Once or more: piper, espeak, edge, ...")
+@click.option("--size", default="1280x720", show_default=True, help="WIDTHxHEIGHT, even.")
+@click.option("--face-at", help="X,Y in the picture: which of several faces.")
+@click.option("--force", is_flag=True, help="Replace a YAML that is there.")
+@click.option(
+    "--sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write a picture of what was found.",
+)
+@click.pass_obj
+def personas_new(
+    settings: Settings,
+    picture: Path,
+    name: str | None,
+    title: str,
+    voice: tuple[str, ...],
+    size: str,
+    face_at: str | None,
+    force: bool,
+    sheet: Path | None,
+) -> int:
+    """Make a persona from a picture: writes its YAML beside it, and prepares it."""
+    from .newpersona import persona_name, persona_text, write_persona
+
+    called = name or persona_name(picture)
+    file = picture.parent / f"{called}.yaml"
+    width, height = _pair(size, "x", "--size 1280x720")
+    point = _pair(face_at, ",", "--face-at 640,300") if face_at else None
+    text = persona_text(
+        called,
+        picture,
+        title=title,
+        voice=voice or ("piper", "espeak"),
+        size=(width, height),
+        face_at=point,
+    )
+    write_persona(file, text, force=force)
+    try:
+        code = _prepared(settings, load_persona(file, settings), sheet, False)
+    finally:
+        _out.print(f"persona: {escape(str(file))}", soft_wrap=True)
+    return code
+
+
+def _pair(text: str, mark: str, example: str) -> tuple[int, int]:
+    first, _, second = text.lower().partition(mark)
+    if not (first.strip().isdigit() and second.strip().isdigit()):
+        raise click.UsageError(f"Give two whole numbers, as in {example}.")
+    return int(first), int(second)
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--rtmp", metavar="URL", help="Push to this address for five seconds instead.")
 @click.pass_obj
-def doctor(settings: Settings, as_json: bool) -> int:
-    """Look at everything that an avatar needs here, and name the mends. Fails if one is needed."""
+def doctor(settings: Settings, as_json: bool, rtmp: str | None) -> int:
+    """Look at everything that an avatar needs here, and name the mends. Fails if one is needed.
+
+    With --rtmp, try a broadcast's address and say what is wrong with it: `@FILE` or `${NAME}`
+    keep its key out of the shell's history.
+    """
+    if rtmp is not None:
+        return _probe(rtmp, as_json)
     from .doctor import examine, report
 
     with _steps() as tell:
@@ -421,7 +579,89 @@ def doctor(settings: Settings, as_json: bool) -> int:
     return 0 if told["ok"] else 1
 
 
-@cli.group()
+def _probe(rtmp: str, as_json: bool) -> int:
+    from .outputs import read_urls
+    from .probe import probe
+    from .rtmp import StreamUrl
+
+    url = StreamUrl.parse(read_urls([rtmp])[0])
+    found = _run(probe(url))
+    if found is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json([dataclasses.asdict(one) for one in found])
+    else:
+        for one in found:
+            mark = "[green]ok[/]" if one.ok else "[red]FAIL[/]"
+            _out.print(f"{mark} {escape(one.step)}: {escape(one.text)}")
+    return 0 if all(one.ok for one in found) else 1
+
+
+@cli.command()
+@click.option("--persona", default="default", show_default=True)
+@click.option(
+    "--to", "targets", multiple=True, required=True, metavar="URL",
+    help="rtmp(s)://HOST/APP/KEY, srt://..., youtube://KEY, twitch://KEY; @FILE, - or ${NAME} "
+    "keep keys out of sight. Repeatable: one encode feeds all.",
+)  # fmt: skip
+@click.option("--preset", default="youtube", show_default=True, help="youtube, twitch, low-latency")
+@click.option("--shape", type=click.Choice(["16:9", "9:16", "1:1"]), help="Canvas; as the avatar's")
+@click.option("--height", default=720, show_default=True, help="Short side of the canvas.")
+@click.option("--fps", type=click.Choice(["25", "30", "50", "60"]), help="As the avatar's.")
+@click.option("--background", default="", help="#rrggbb, a picture or a video.")
+@click.option("--captions", is_flag=True, help="Burn the words into the picture.")
+@click.option("--codec", type=click.Choice(["x264", "nvenc"]), default="x264", show_default=True)
+@click.option("--persist", is_flag=True, help="Go on even when the very first attempt fails.")
+@click.option("--rotate-hours", type=float, help="Begin a new broadcast after so many hours.")
+@click.pass_obj
+def stream(settings: Settings, /, persona: str, targets: tuple[str, ...], **look: Any) -> int:
+    """Put an avatar on air, directly, until Ctrl-C; it idles until something speaks."""
+    from .outputs import OutputWish, read_urls, stream
+    from .session import Studio
+
+    fps = look.pop("fps")
+    wish = OutputWish.model_validate(
+        {"urls": read_urls(targets), "fps": int(fps) if fps else None, **look}
+    )
+
+    async def streaming() -> None:
+        async with Studio(settings) as studio:
+            await stream(
+                studio, load_persona(persona, settings), wish, stop=asyncio.Event(),
+                on_event=lambda event: _out.print(
+                    escape(" ".join(f"{key}={value}" for key, value in event.items()))
+                ),
+            )  # fmt: skip
+
+    _run(streaming())
+    return 0  # Ctrl-C is how it ends
+
+
+@cli.command()
+@click.pass_obj
+def fetch(settings: Settings) -> int:
+    """Get now what demo and tests would get at first use.
+
+    A livekit-server, unless LIVEKIT_URL names one, and the page's files. The first time it may
+    take minutes (a build); then everything works without a network.
+    """
+
+    async def fetching() -> None:
+        from .livekit_server import obtain
+
+        with _steps() as tell:
+            if not settings.livekit_url:
+                await obtain(
+                    settings.cache_dir,
+                    lambda message, elapsed: tell(f"{message} ({elapsed:.0f} s)"),
+                )
+            await _page_files(settings, tell)
+
+    _run(fetching())
+    return 0
+
+
+@cli.group(cls=_Group)
 def bench() -> None:
     """Measure this machine."""
 
@@ -451,8 +691,62 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
 def bench_engine(settings: Settings, persona: str, seconds: float, as_json: bool) -> int:
-    """Pictures a second that a persona's engine makes here."""
+    """Pictures a second that a persona's engine makes here (`bench musetalk` tells more of it)."""
     return _bench("engine", settings, as_json, persona=persona, seconds=seconds)
+
+
+@bench.command("broadcast")
+@click.option("--minutes", type=click.FloatRange(0.5, 3000), default=6.0, show_default=True)
+@click.pass_obj
+def bench_broadcast(settings: Settings, minutes: float) -> int:
+    """Broadcasts through cuts, stalls and restarts, to a real RTMP server (nginx) on loopback."""
+    from . import broadcast_bench
+
+    async def measuring() -> Mapping[str, Any]:
+        with _steps() as tell:
+            return await broadcast_bench.bench(minutes, tell)
+
+    found = _run(measuring())
+    if found is None:
+        return INTERRUPTED
+    _print_json(found)
+    return 0
+
+
+@bench.command("face")
+@click.option(
+    "--portrait",
+    "portraits",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A further picture; once or more.",
+)
+@click.option("--persona", "names", multiple=True, help="Only these of the personas.")
+@click.option("--voice", default="piper", show_default=True, help="One that tells phonemes.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def bench_face(
+    settings: Settings,
+    portraits: tuple[Path, ...],
+    names: tuple[str, ...],
+    voice: str,
+    as_json: bool,
+) -> int:
+    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness."""
+    from .facebench import face, table
+
+    async def measuring() -> list[dict[str, Any]]:
+        with _steps() as tell:
+            return await face(settings, portraits=portraits, personas=names, voice=voice, tell=tell)
+
+    rows = _run(measuring())
+    if rows is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(rows)
+    else:
+        print(table(rows))
+    return 0
 
 
 def _bench(name: str, settings: Settings, as_json: bool, **options: Any) -> int:

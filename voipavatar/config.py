@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import ConfigError
+from .errors import ConfigError, InputError
 from .media import check_fps
 
 PACKAGE = Path(__file__).resolve().parent
@@ -36,6 +37,9 @@ class Settings:
     cache_dir: Path = Path("~/.cache/voipavatar")
     persona_dirs: tuple[Path, ...] = ()
     """Looked in before the built-in personas; VOIPAVATAR_PERSONAS, separated like PATH."""
+    face_models: Path | None = None
+    """A folder with the networks that find a face, or with the wheel that holds them; for
+    machines without a network."""
     host: str = "127.0.0.1"
     port: int = 8080
     token: str = field(default="", repr=False)
@@ -47,10 +51,23 @@ class Settings:
     """Characters in one text."""
     max_audio_bytes: int = 50_000_000
     log_level: str = "info"
+    amqp_url: str = field(default="", repr=False)
+    """RabbitMQ's address; VOIPAVATAR_AMQP_URL, or made of RABBITMQ_HOST and its kin."""
+    queue: str = "talking_face_input"
+    """The queue that the default persona speaks from; VOIPAVATAR_QUEUE or RABBITMQ_QUEUE."""
+    queue_ack: str = "on_spoken"
+    """When the broker may forget a message that doesn't say: on_accept or on_spoken."""
+    queue_limit: int = 10_000
+    """Messages that may wait in the broker; more are refused."""
+    redis_url: str = field(default="", repr=False)
+    """Where workers on several machines remember messages; a file in the cache otherwise."""
+    audio_urls: tuple[str, ...] = ()
+    """Beginnings of the addresses that messages may refer to, separated by spaces; none."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
-        """Read `LIVEKIT_URL`, `LIVEKIT_API_KEY`, `LIVEKIT_API_SECRET` and `VOIPAVATAR_*`.
+        """Read `LIVEKIT_URL`, `LIVEKIT_API_KEY`, `LIVEKIT_API_SECRET`, `VOIPAVATAR_*`, and
+        `RABBITMQ_HOST`, `_PORT`, `_USER`, `_PASSWORD`, `_VHOST` and `_QUEUE`.
 
         Raises ConfigError naming the variable that can't be read.
         """
@@ -64,7 +81,12 @@ class Settings:
             try:
                 values[one.name] = _read(one.name, raw)
             except ValueError as error:
-                raise ConfigError(f"{name}={raw!r} can't be used: {error}") from None
+                shown = name if one.name in ("amqp_url", "redis_url") else f"{name}={raw!r}"
+                raise ConfigError(f"{shown} can't be used: {error}") from None
+        if "amqp_url" not in values and env.get("RABBITMQ_HOST"):
+            values["amqp_url"] = _amqp_url(env)
+        if "queue" not in values and env.get("RABBITMQ_QUEUE"):
+            values["queue"] = env["RABBITMQ_QUEUE"]
         values["cache_dir"] = Path(values.get("cache_dir", cls.cache_dir)).expanduser()
         return cls(**values)
 
@@ -78,16 +100,37 @@ def _variable(name: str) -> str:
     }.get(name, f"VOIPAVATAR_{name.upper()}")
 
 
+def _amqp_url(env: Mapping[str, str]) -> str:
+    """An address of the variables that RabbitMQ's clients are commonly given."""
+    host = env["RABBITMQ_HOST"]
+    # Kubernetes and Docker links put tcp://HOST:PORT into RABBITMQ_PORT.
+    port = env.get("RABBITMQ_PORT", "").rpartition(":")[2] or "5672"
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"RABBITMQ_PORT={env['RABBITMQ_PORT']!r} can't be used: no port number")
+    user = quote(env.get("RABBITMQ_USER") or "guest", safe="")
+    password = quote(env.get("RABBITMQ_PASSWORD") or "guest", safe="")
+    vhost = env.get("RABBITMQ_VHOST") or "/"
+    path = "" if vhost == "/" else quote(vhost, safe="")
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"amqp://{user}:{password}@{host}:{port}/{path}"
+
+
 def _read(name: str, raw: str) -> Any:
-    if name in ("port", "max_sessions", "max_text", "max_audio_bytes"):
+    if name in ("port", "max_sessions", "max_text", "max_audio_bytes", "queue_limit"):
         number = int(raw)
         if number < 0 or (name == "port" and number > 65535):
             raise ValueError("out of range")
         return number
     if name == "idle_minutes":
         return float(raw)
-    if name == "cache_dir":
+    if name in ("cache_dir", "face_models"):
         return Path(raw).expanduser()
+    if name == "queue_ack" and raw not in ("on_accept", "on_spoken"):
+        raise ValueError("on_accept or on_spoken")
+    if name == "amqp_url" and not raw.startswith(("amqp://", "amqps://")):
+        raise ValueError("an address that begins with amqp:// or amqps:// is wanted")
+    if name == "audio_urls":
+        return tuple(raw.split())
     if name == "persona_dirs":
         return tuple(Path(part).expanduser() for part in raw.split(os.pathsep) if part)
     return raw
@@ -137,7 +180,7 @@ class VoiceChoice(_Strict):
 
 def _voices(value: Any) -> Any:
     """`piper`, `{use: piper}` and lists of either are all a list of choices."""
-    items = value if isinstance(value, list) else [value]
+    items = value if isinstance(value, (list, tuple)) else [value]
     return [{"use": item} if isinstance(item, str) else item for item in items]
 
 
@@ -168,6 +211,12 @@ class Persona(_Strict):
     height: int = Field(default=720, ge=64, le=2160, multiple_of=2)
     fps: int = Field(default=25, description="pictures a second; must divide 48,000")
     greeting: str = Field(default="", max_length=1000, description="said when a page opens")
+    queue: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="a RabbitMQ queue that `voipavatar serve` lets this persona speak from",
+    )
     path: Path | None = Field(default=None, exclude=True, description="set by the loader")
 
     @field_validator("fps")
@@ -183,6 +232,25 @@ class Persona(_Strict):
         if path.is_absolute() or self.path is None:
             return path
         return self.path.parent / path
+
+    def voices(self, name: str | None = None) -> tuple[VoiceChoice, ...]:
+        """Its voices, the one named `name` first; the others stand in when that one fails.
+
+        A name is what the voice uses; of two of a kind the second is `piper#2`. InputError when
+        there is none so called: only its own, for a voice may be any import path.
+        """
+        if name is None:
+            return self.voice
+        names: list[str] = []
+        for choice in self.voice:
+            same = sum(one.partition("#")[0] == choice.use for one in names)
+            names.append(choice.use if same == 0 else f"{choice.use}#{same + 1}")
+        if name not in names:
+            raise InputError(
+                f"persona {self.name!r} has no voice {name[:64]!r}; it has: {', '.join(names)}"
+            )
+        first = names.index(name)
+        return (self.voice[first], *self.voice[:first], *self.voice[first + 1 :])
 
     def engine_settings(self) -> dict[str, Any]:
         """What `Engine.prepare` is given: size, rate, landmarks, and the engine's own options."""

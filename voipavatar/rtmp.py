@@ -128,7 +128,10 @@ class StreamUrl:
     def scrub(self, text: str) -> str:
         """`text` (a server's answer, say) without this address's secrets."""
         for secret in self.secrets:
-            text = text.replace(secret, MASK)
+            if len(secret) < 6:  # "one" is not a secret part of "gone"
+                text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
+            else:
+                text = text.replace(secret, MASK)
         return text
 
 
@@ -421,7 +424,7 @@ class RtmpConnection:
 
     async def open(self, timeout: float = 8.0) -> None:
         """Connect, shake hands, ask to publish; returns when the server has agreed."""
-        step = "connecting to"
+        step, tls = "connecting to", self.url.kind == "rtmps"
         try:
             async with _limit(timeout):
                 await self._connect()
@@ -431,8 +434,9 @@ class RtmpConnection:
                 await self._publish()
         except asyncio.TimeoutError:
             await self.aclose()
+            hint = " (to TLS: is it an rtmp:// address?)" if step.startswith("conn") and tls else ""
             raise TransportError(
-                f"{step} {self.url} took over {timeout:.0f} s: the server doesn't answer, "
+                f"{step} {self.url} took over {timeout:.0f} s: the server doesn't answer{hint}, "
                 "or a firewall swallows the connection"
             ) from None
         except (OSError, asyncio.IncompleteReadError, EOFError) as error:
@@ -680,11 +684,12 @@ class RtmpConnection:
                 "check the host name and this machine's clock",
                 retryable=False,
             )
-        if isinstance(error, ssl.SSLError):
-            return TransportError(
-                f"{where} failed: no TLS there ({error.reason or 'handshake'}); "
-                "is it an rtmp:// address?",
-            )
+        greeting = self.url.kind == "rtmps" and step.startswith("connecting")
+        hung_up = isinstance(error, ConnectionError) and not isinstance(
+            error, ConnectionRefusedError
+        )
+        if isinstance(error, ssl.SSLError) or greeting and hung_up:
+            return TransportError(f"{where} failed: no TLS there; is it an rtmp:// address?")
         if isinstance(error, socket.gaierror):
             return TransportError(
                 f"{where} failed: the name {self.url.host} is not known; "

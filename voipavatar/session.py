@@ -65,7 +65,17 @@ def _clapper(settings: Settings) -> Engine:
     return ClapperEngine()
 
 
-ENGINES: dict[str, Callable[[Settings], Engine]] = {"viseme": _viseme, "clapper": _clapper}
+def _musetalk(settings: Settings) -> Engine:
+    from .engines.musetalk import MuseTalk
+
+    return MuseTalk(settings)
+
+
+ENGINES: dict[str, Callable[[Settings], Engine]] = {
+    "viseme": _viseme,
+    "clapper": _clapper,
+    "musetalk": _musetalk,
+}
 """A new engine is one new file and one row here."""
 
 
@@ -95,6 +105,8 @@ class Utterance:
         self.started: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         self.finished: asyncio.Future[Played] = asyncio.get_running_loop().create_future()
         self.error: str | None = None
+        self.cause: BaseException | None = None
+        """What `error` tells of."""
         self._session = session
 
     @property
@@ -102,8 +114,15 @@ class Utterance:
         return self.finished.done()
 
     @property
+    def heard(self) -> float:
+        """Seconds of it that were put into frames up to now; what was played, once it is over."""
+        if self.finished.done():
+            return self.finished.result().heard
+        return self._session.stage.played_of(self.turn)
+
+    @property
     def backlog(self) -> float:
-        """Seconds that were pushed and not shown yet."""
+        """Seconds of it that came in and were not shown yet."""
         return self._session.stage.backlog_of(self.turn)
 
     def push(self, pcm: Int16, rate: int, cues: Sequence[Cue] = ()) -> None:
@@ -260,6 +279,23 @@ class Session:
             self._warm = asyncio.create_task(self._warming(), name=f"warm-{self.id}")
         self.emit("persona", persona=self.persona.name)
 
+    def pause(self) -> None:
+        """Hold speech, with the mouth shut, until `resume`. Idempotent."""
+        self.touched = time.monotonic()
+        self.stage.pause()
+
+    def resume(self) -> None:
+        """Go on with the word that was held. Idempotent."""
+        self.touched = time.monotonic()
+        self.stage.resume()
+
+    def choose_voice(self, name: str | None) -> None:
+        """Speak with this one of the persona's voices from the next text on; None is its first.
+
+        The others stand in when it fails. Raises InputError when the persona has none so called.
+        """
+        self._voices = self.persona.voices(name)
+
     def _over(self, utterance: Utterance) -> None:
         self._utterances.pop(utterance.turn, None)
         self._texts.pop(utterance.turn, None)
@@ -295,7 +331,7 @@ class Session:
                     utterance.push(pcm, rate, cues)
                     await utterance.room()
         except Exception as error:  # a voice is a plug-in: the turn ends with what there is
-            utterance.error = _told(error)
+            utterance.error, utterance.cause = _told(error), error
             logger.warning("speech could not be had", extra={"error": type(error).__name__})
             self.emit("error", utterance=utterance.id, error=utterance.error)
         utterance.end()
@@ -327,6 +363,7 @@ class Session:
             "persona": self.persona.name,
             "engine": self.persona.engine,
             "state": self.state,
+            "paused": self.stage.paused,
             "opened": self.opened,
             "picture": {"width": spec.width, "height": spec.height, "fps": spec.fps},
             "queue": [
@@ -353,6 +390,20 @@ class Session:
             },
             "failure": self.failure,
         }
+
+    def add_sink(self, make: SinkFactory) -> Sink:
+        """Another output, from the next frame on. Closed with the session, or by `remove_sink`."""
+        if self._draining:
+            raise StageError("the session is closing: open a new one")
+        sink = make(self.stage.engine.spec)
+        self.stage.sinks.append(sink)
+        return sink
+
+    async def remove_sink(self, sink: Sink) -> None:
+        """Take an output off and close it. Of one that is not there, nothing happens."""
+        if sink in self.stage.sinks:
+            self.stage.sinks.remove(sink)
+            await sink.aclose()
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Tell every subscriber; None fields are left out."""
@@ -770,8 +821,8 @@ async def render(
         if played.heard == 0:
             raise InputError("no clip was made: there is nothing to say in it")
         await until(stage.index + round(tail * fps))
-        length = stage.index / fps
         await session.aclose()
+        length = stage.index / fps
         if session.failure is not None:
             raise VoipAvatarError(session.failure)
         if progress is not None:

@@ -394,6 +394,7 @@ class Stage:
         self._tail: Turn | None = None  # shown whole, perhaps still being heard
         self._wake = asyncio.Event()
         self._closed = False
+        self._paused = False
 
     # -- speech in ---------------------------------------------------------------------------------
 
@@ -499,6 +500,22 @@ class Stage:
         self._produce()
         self._wake.set()
 
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def pause(self) -> None:
+        """Hold speech: what is drawn is shown (`Options.ahead` frames), then the mouth closes.
+
+        Nothing is lost; turns can still be begun, pushed and cancelled. Idempotent.
+        """
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on where it was held. Idempotent."""
+        self._paused = False
+        self._wake.set()
+
     def waiting(self) -> list[int]:
         """Numbers of the turns that are not over, in the order they will be spoken."""
         return [turn.number for turn in self._turns]
@@ -507,6 +524,11 @@ class Stage:
         """Seconds of a turn that came in and were not shown yet; 0 of one that is over."""
         turn = self._find(number)
         return turn.backlog if turn is not None else 0.0
+
+    def played_of(self, number: int) -> float:
+        """Seconds of a turn that were put into frames; 0 of one that is over."""
+        turn = self._find(number)
+        return turn.played / FRAME_RATE if turn is not None else 0.0
 
     @property
     def backlog(self) -> float:
@@ -641,11 +663,14 @@ class Stage:
                 if self._feed(turn):
                     continue
                 turn.primed = False  # it ran dry: gather a little before going on
-            if len(self._deck) >= options.idle_ahead or (options.patient and self._turns):
+            waits = options.patient and bool(self._turns) and not self._paused
+            if len(self._deck) >= options.idle_ahead or waits:
                 return
             self._append(self.engine.idle(1), None)
 
     def _may_feed(self, turn: Turn) -> bool:
+        if self._paused:
+            return False
         if not turn.primed:
             spec = self.engine.spec
             frames = self.options.margin + spec.step - 1

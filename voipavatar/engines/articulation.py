@@ -22,6 +22,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+import zipfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,7 +172,8 @@ JAW: dict[str, float] = {name: float(_TARGETS[i, 0]) for i, name in enumerate(CL
 """Jaw opening that each class asks for: what a drawn mouth's opening can be held against."""
 
 _SIL = CLASSES.index("sil")
-_HOLD = 0.35  # how much the last target counts against a new one
+# How much the last target counts against a new one, by parameter: little for closures.
+_HOLD = np.array([0.35, 0.35, 0.35, 0.08, 0.08, 0.25, 0.25])
 _RISE = 2 * math.pi * np.array([8.0, 9.0, 9.0, 14.0, 14.0, 10.0, 10.0])  # rad/s, by parameter
 _FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 16.0, 14.0, 10.0, 10.0])
 _STEP = HOP / ENGINE_RATE
@@ -179,6 +181,7 @@ _QUIET = 12  # steps of silence after which the mouth goes to rest
 _SNAP = 2e-3  # below this a resting parameter is 0
 _CUE_WEIGHT = 0.8
 _CUE_FADE = 0.04  # s
+_CLOSURE = 0.06  # s that lips and teeth take to be seen closing, however short the sound
 
 # --- features -------------------------------------------------------------------------------------
 
@@ -187,6 +190,7 @@ _HUSH = 1e-4  # of the peak: the same for loudness
 _EMPHASIS = 0.97  # speech falls with frequency; the bands are taken from its first difference
 _PEAK_START = 0.25  # the loudness of soft speech
 _PEAK_LEAST = 4e-3
+_SILENT = 5e-4  # what is softer is silence, whatever the peak: noise at -55 dBFS
 _VOICED = 0.018  # of the peak: -17 dB
 _DECAY_VOICED = math.exp(-0.008)
 _DECAY_QUIET = math.exp(-0.001)
@@ -233,7 +237,7 @@ class Normaliser:
         self._offset = np.zeros(BANDS, np.float32)
         self._voiced = 0.0
         self.loudness = math.log(_HUSH)
-        """Log power of the last step below the peak."""
+        """Log power of the last step below the peak; `log(_HUSH)` in silence."""
 
     def step(self, power: Float32, out: Float32) -> None:
         """One step of `mel_power` to its features, both (BANDS + 1,), written to `out`."""
@@ -251,9 +255,10 @@ class Normaliser:
             self._offset += np.float32(1.0 / (self._voiced + _MEAN_PRIOR)) * (
                 relative - self._offset
             )
-        self.loudness = math.log(total / self._peak + _HUSH)
         np.multiply(relative - self._offset, self._inverse, out=out[:BANDS])
-        out[BANDS] = (self.loudness + 3.0) / 3.0
+        loudness = math.log(total / self._peak + _HUSH)
+        out[BANDS] = (loudness + 3.0) / 3.0
+        self.loudness = loudness if total > _SILENT else math.log(_HUSH)
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -277,9 +282,10 @@ def load_weights(path: Path | None = None) -> Weights:
     path = path or WEIGHTS
     again = "install voipavatar again, or make it with tools/train_articulation.py"
     try:
-        with np.load(path, allow_pickle=False) as data:
+        # Opened here: numpy leaves a file open that turns out to be damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             arrays = {name: np.ascontiguousarray(data[name], np.float32) for name in data.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EngineError(f"{path.name} can't be read ({error}): {again}") from error
     inputs = (BANDS + 1) * len(OFFSETS)
     layers = []
@@ -317,7 +323,7 @@ class _Listener:
         Normaliser(self._weights.mean, self._weights.scale).step(self._power, quiet)
         self._quiet = quiet
         self._features: deque[Float32] = deque(maxlen=_PAST + max(OFFSETS) + 1)
-        self._features.extend([quiet] * (_PAST))
+        self._features.extend([quiet] * _PAST)
         self._loudness: deque[float] = deque(maxlen=max(OFFSETS) + 1)
 
     def step(self, window: Float32) -> tuple[Float32, float] | None:
@@ -377,9 +383,12 @@ class _Mouth:
         self._silent = _QUIET
         self._gate = 0.0
 
-    def step(self, probability: Float64, loudness: float) -> Float64:
-        """Where the seven parameters are after this step, given what they should move to."""
-        silent = probability[_SIL] > 0.5 or loudness < -7.5
+    def step(self, probability: Float64, loudness: float, told: bool) -> Float64:
+        """Where the seven parameters are after this step, given what they should move to.
+
+        `told`: a cue says that something is spoken, be it as soft as a closure before its burst.
+        """
+        silent = probability[_SIL] > 0.5 or (loudness < -7.5 and not told)
         self._silent = self._silent + 1 if silent else 0
         gate = _smooth(loudness, -5.0, -0.6)
         self._gate += (0.6 if gate > self._gate else 0.25) * (gate - self._gate)
@@ -465,7 +474,8 @@ class Articulator:
             start = cue.start
             for name, share in shape(cue.text):
                 end = start + share * (cue.end - cue.start)
-                bisect.insort(self._cues, (start, end, CLASSES.index(name)))
+                more = max(0.0, _CLOSURE - (end - start)) / 2 if name in ("PP", "FF") else 0.0
+                bisect.insort(self._cues, (start - more, end + more, CLASSES.index(name)))
                 start = end
 
     def push(self, pcm: Float32) -> Float32:
@@ -500,10 +510,10 @@ class Articulator:
     def _move(self, heard: tuple[Float32, float], rows: list[Float32]) -> None:
         """The posteriors of step `_heard`, which the mouth of step `_heard - _LEAD` moves to."""
         probability, loudness = heard
-        mixed = self._with_cues(probability, (self._heard + 0.5) * _STEP)
+        mixed, told = self._with_cues(probability, (self._heard + 0.5) * _STEP)
         self._heard += 1
         self._levels.append(_smooth(loudness, -5.0, -0.3) * float(1.0 - mixed[_SIL]))
-        place = self._mouth.step(mixed, loudness)
+        place = self._mouth.step(mixed, loudness, told)
         if self._heard <= _LEAD:
             return
         self._frame.append((place.copy(), self._levels[-1 - _LEAD]))
@@ -514,7 +524,8 @@ class Articulator:
             self._frame.clear()
             self._rows += 1
 
-    def _with_cues(self, probability: Float32, time: float) -> Float64:
+    def _with_cues(self, probability: Float32, time: float) -> tuple[Float64, bool]:
+        """Posteriors as the cues change them, and whether a cue says that something is spoken."""
         mixed = probability.astype(np.float64)
         half = _CUE_FADE / 2
         while self._cues and self._cues[0][1] + half < time:
@@ -529,4 +540,4 @@ class Articulator:
         if total > 0.0:
             share = _CUE_WEIGHT * min(1.0, total)
             mixed = (1.0 - share) * mixed + (share / total) * told
-        return mixed
+        return mixed, total - float(told[_SIL]) > 0.5

@@ -48,6 +48,8 @@ class Pose:
     """As `HEAD`."""
     blink: float = 0.0
     """0 open, 1 shut."""
+    wink: float = 0.0
+    """The same, of the eye on the left alone."""
 
 
 def mouth_weights(mouth: Float32) -> Float32:
@@ -98,6 +100,7 @@ class Puppet:
         # The seam in the middle of the mouth, in face units below its origin.
         seam = ((upper + lower)[5] / 2 - rig.frame[0]) @ self._down
         self._seam = float(seam) / self._unit
+        self._own_teeth = bool(rig.teeth[4, ..., 3].any())
         self._grain = np.random.default_rng(7).normal(0, 1.0, (256, 256)).astype(np.float32)
         self._columns = np.arange(width, dtype=np.float32) + x
         self._rows = (np.arange(height, dtype=np.float32) + y)[:, None]
@@ -114,13 +117,14 @@ class Puppet:
     def draw(self, pose: Pose) -> UInt8:
         """The picture, I420, its own memory."""
         out: UInt8 = self.rig.image.copy()
-        blink = round(float(pose.blink) * BLINKS)
+        both = min(BLINKS, round(float(pose.blink) * BLINKS))
+        blink = (max(both, min(BLINKS, round(float(pose.wink) * BLINKS))), both)
         weights = mouth_weights(pose.mouth)
         talks = bool(np.any(np.abs(weights) > 1e-4))
         moves = bool(np.any(pose.head))
-        if not (talks or moves or blink):
+        if not (talks or moves or any(blink)):
             return out
-        kept = self._shut_eyes(blink) if blink > 0 else []
+        kept = self._shut_eyes(blink)
         try:
             self._draw(out, pose, weights, talks, moves)
         finally:
@@ -128,15 +132,17 @@ class Puppet:
                 view[:] = pixels
         return out
 
-    def _shut_eyes(self, blink: int) -> list[tuple[UInt8, UInt8]]:
-        """Swap the eyes' pixels in the source; gives what was there."""
+    def _shut_eyes(self, blink: tuple[int, int]) -> list[tuple[UInt8, UInt8]]:
+        """Swap the eyes' pixels in the source, to these steps; gives what was there."""
         kept = []
         rig = self.rig
-        step = min(blink, BLINKS) - 1
-        for box, luma, chroma in (
-            (rig.lid_boxes[0], rig.left_luma, rig.left_chroma),
-            (rig.lid_boxes[1], rig.right_luma, rig.right_chroma),
+        for shut, box, luma, chroma in (
+            (blink[0], rig.lid_boxes[0], rig.left_luma, rig.left_chroma),
+            (blink[1], rig.lid_boxes[1], rig.right_luma, rig.right_chroma),
         ):
+            if shut <= 0:
+                continue
+            step = shut - 1
             x, y, width, height = _ints(box)
             big = self._luma[2 * y : 2 * (y + height), 2 * x : 2 * (x + width)]
             small = self._chroma[y // 2 : (y + height) // 2, x // 2 : (x + width) // 2]
@@ -339,6 +345,10 @@ class Puppet:
         # Shade takes colour with it, though less.
         fade = (0.35 + 0.65 * shade)[..., None]
         paint[..., 1:] = (paint[..., 1:] - 128) * fade + 128
+
+        if self._own_teeth:
+            # They have the portrait's own light.
+            over(4, 0.0)
 
         at_y, at_x = y0 - region_y, x0 - region_x
         _blend(luma[at_y : at_y + height, at_x : at_x + width], paint[..., 0], alpha)

@@ -312,8 +312,9 @@ class Rig:
     frame: Float32
     """(2, 2): origin and x axis (one face unit long) of the mouth."""
     teeth: UInt8
-    """(4, h, w, 4): tongue, lower teeth, upper teeth, as Y U V alpha; see `INNER`. The first is the
-    hollow behind them."""
+    """(5, h, w, 4): hollow, tongue, lower teeth, upper teeth as Y U V alpha; see `INNER`. The last
+    is what the portrait itself shows between its lips, if that is teeth: then they are used as they
+    are, in place of painted ones."""
     lid_boxes: npt.NDArray[np.int32]
     """(2, 4): the boxes of the eyes, multiples of 4."""
     left_luma: UInt8
@@ -852,6 +853,9 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
     bright = float(np.clip(whites.mean(), 0.90 * skin.mean() + 8, 1.25 * skin.mean() + 8))
     tint = 0.35 * whites / whites.mean() + 0.65 * np.array([0.905, 1.005, 1.09])
     tooth = np.minimum(bright * tint, 246.0)
+    teeth_shown = shows_teeth(bgr, marks.inner_lips, marks.outer_lips)
+    if teeth_shown:
+        tooth = np.minimum(_colour(bgr, marks.inner_lips, 80), 246.0)
 
     scale = 2.0 * unit  # twice the picture's resolution
     left, top, wide, high = INNER
@@ -859,10 +863,15 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
     x = left + (np.arange(shape[1]) + 0.5) / scale
     y = top + (np.arange(shape[0])[:, None] + 0.5) / scale
     soft = 1.2 / scale
-    layers = np.zeros((4, *shape, 4), np.float32)
+    layers = np.zeros((5, *shape, 4), np.float32)
+
+    # A grey picture stays grey.
+    tinted = float(np.abs(luma_chroma(np.stack([lips, skin])[None])[1] - 128).max())
+    colourful = float(smoothstep((tinted - 1.5) / 6))
 
     def put(index: int, colour: Float64, alpha: Float64) -> None:
         luma, chroma = luma_chroma(np.clip(colour, 0, 255))
+        chroma = (chroma - 128) * np.float32(colourful) + 128
         layers[index, ..., 0] = luma
         layers[index, ..., 1:3] = chroma
         layers[index, ..., 3] = 255 * np.broadcast_to(alpha, shape)
@@ -916,7 +925,64 @@ def _inner_layers(bgr: UInt8, marks: Landmarks, frame: Float64) -> UInt8:
     gum = smoothstep((y - edge - 0.075) / 0.02)[..., None]
     tone = tooth * 0.90 * (1 - gum) + lips * 0.7 * gum
     put(2, tone * light[..., None], alpha)
+    if teeth_shown:
+        own = _own_teeth(bgr, marks, frame, x, y)
+        layers[4, ..., :3], layers[4, ..., 3] = own[0], own[1] * 255
+        # Painted ones would stand beside them.
+        layers[3, ..., 3] = 0
     return np.clip(np.rint(layers), 0, 255).astype(np.uint8)
+
+
+def _own_teeth(
+    bgr: UInt8,
+    marks: Landmarks,
+    frame: Float64,
+    x: npt.NDArray[Any],
+    y: npt.NDArray[Any],
+) -> tuple[Float32, Float32]:
+    """Y U V and alpha (0 to 1) of the portrait's own teeth, at places in face units.
+
+    Above the upper lip's edge, where a lip that rises uncovers more, they go on as they are at the
+    edge; below the lower lip's edge they end.
+    """
+    unit = marks.unit
+    axis = frame[1] / unit
+    turn = np.stack([axis, [-axis[1], axis[0]]])
+    inner = (marks.inner_lips - frame[0]) @ turn.T / unit
+    columns = x.ravel()
+    upper = np.interp(columns, inner[0:11, 0], inner[0:11, 1])[None]
+    lower = np.interp(columns, inner[10:, 0][::-1], inner[10:, 1][::-1])
+    left = columns < inner[19, 0]
+    lower[left] = np.interp(columns[left], [inner[0, 0], inner[19, 0]], [inner[0, 1], inner[19, 1]])
+    lower = np.maximum(lower[None], upper)
+    y = y + (inner[5, 1] + inner[15, 1]) / 2  # the layers are at the seam
+    pixel = 1.0 / unit
+    margin = np.minimum(1.5 * pixel, (lower - upper) / 2)
+    row = np.clip(y, upper + margin, lower - margin)
+    where = np.stack(np.broadcast_arrays(x, row), -1) * unit @ turn + frame[0]
+    luma, chroma = luma_chroma(_pull(bgr, where[..., 0], where[..., 1]))
+    ends = smoothstep((columns - inner[0, 0]) / 0.03) * smoothstep((inner[10, 0] - columns) / 0.03)
+    foot = smoothstep((lower - y) / (3 * pixel) + 0.2)
+    deep = smoothstep((y - upper + 0.06) / 0.02)
+    thick = smoothstep((lower - upper) / 0.02)
+    alpha = foot * deep * thick * ends[None]
+    return np.concatenate([luma[..., None], chroma], -1), np.asarray(alpha, np.float32)
+
+
+def shows_teeth(picture: UInt8, inner: Float64, outer: Float64) -> bool:
+    """Teeth: a good part of what is between the lips is brighter than they are, and hardly red."""
+    height, width = picture.shape[:2]
+    inside, lips = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
+    cv2.fillPoly(inside, [np.rint(inner).astype(np.int32)], 255)
+    cv2.fillPoly(lips, [np.rint(outer).astype(np.int32)], 255)
+    lips[cv2.dilate(inside, np.ones((3, 3), np.uint8)) > 0] = 0
+    there, around = picture[inside > 0].astype(np.float64), picture[lips > 0].astype(np.float64)
+    if len(there) < 12 or len(around) < 12:
+        return False
+    typical = np.median(around, 0)
+    light = there.mean(1) > typical.mean() + 12
+    grey = there[:, 2] - there[:, 1] < 0.7 * max(8.0, typical[2] - typical[1])
+    return bool((light & grey).mean() > 0.18)
 
 
 def _colour(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -20,7 +21,7 @@ import time
 import weakref
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -28,13 +29,18 @@ from typing import Any, Protocol, cast
 import cv2
 import numpy as np
 
+from ..config import Settings
 from ..errors import AvatarError, ConfigError, EngineError
+from ..facemesh import FaceMesh
+from ..facemodels import face_models
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
 from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec
 from .puppet import Pose, Puppet
-from .rig import HEAD, Landmarks, Rig, build, parse_landmarks
+from .rig import HEAD, Landmarks, Rig, build, parse_landmarks, smoothstep
 
-VERSION = 2
+log = logging.getLogger(__name__)
+
+VERSION = 3
 
 PARAMETERS = 8
 """Mouth parameters of a pose: `articulation.PARAMETERS`."""
@@ -46,7 +52,7 @@ _REST: Float32 = np.zeros(PARAMETERS, np.float32)
 _LEVEL = 7
 _FADE = 3
 """Pictures in which speech takes the mouth over from wherever it was."""
-_NOD = PARAMETERS
+_CALM = PARAMETERS
 """Column of the slow loudness that moves head and brows."""
 _MASK = (1 << 64) - 1
 
@@ -94,6 +100,9 @@ class Options:
     background: tuple[int, int, int] = (208, 204, 200)
     """Red, green, blue behind a portrait that is transparent."""
     landmarks: dict[str, Any] | None = None
+    """Where the face is, by hand; without it the face is found."""
+    face_at: tuple[float, float] | None = None
+    """Pixel of the portrait: of several faces the one nearest to it; otherwise the largest."""
 
 
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -119,6 +128,8 @@ def _parse(options: dict[str, Any]) -> tuple[Options, Landmarks | None]:
             values[key] = value
         elif key == "background":
             values[key] = _colour(value)
+        elif key == "face_at":
+            values[key] = _place(value)
         else:
             values[key] = _number(key, value, whole=isinstance(known[key].default, int))
     result = Options(**{key: value for key, value in values.items() if value is not None})
@@ -139,6 +150,16 @@ def _number(key: str, value: object, *, whole: bool) -> int | float:
     if not low <= value <= high:
         raise ConfigError(f"engine option {key} must be {low:g} to {high:g}, not {value!r}")
     return int(value) if whole else float(value)
+
+
+def _place(value: object) -> tuple[float, float]:
+    if (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    ):
+        return float(value[0]), float(value[1])
+    raise ConfigError("engine option face_at must be [x, y], pixels of the portrait")
 
 
 def _colour(value: object) -> tuple[int, int, int]:
@@ -203,6 +224,57 @@ def fit(picture: UInt8, marks: Landmarks, width: int, height: int) -> tuple[UInt
     y0 = int(np.clip(round(y), 0, size[1] - height))
     crop = np.ascontiguousarray(scaled[y0 : y0 + height, x0 : x0 + width])
     return cast(UInt8, crop), marks.moved(scale, (-x0, -y0))
+
+
+_finder: FaceMesh | None = None
+_finding = threading.Lock()
+
+
+def find_face(
+    picture: UInt8, options: Options, tell: Callable[[str], None]
+) -> tuple[Landmarks, list[str]]:
+    """The face of a portrait (BGR), and what a person should know about it.
+
+    AvatarError when there is none; TransportError when the networks that find it can't be had.
+    """
+    global _finder
+    with _finding:
+        if _finder is None:
+            _finder = FaceMesh(face_models(Settings.from_env(), tell))
+        found = _finder.find(picture, options.face_at)
+    rows, columns = picture.shape[:2]
+    advice = found.advice(max(options.width / columns, options.height / rows))
+    if advice:
+        log.warning("a portrait has weaknesses", extra={"advice": len(advice)})
+    marks = found.landmarks()
+    # A face cut off by the picture's edge still moves within it.
+    limit = np.array([columns - 2.0, rows - 2.0])
+    for name in ("jaw", "forehead"):
+        marks[name] = np.clip(np.asarray(marks[name]), 1.0, limit).tolist()
+    try:
+        return parse_landmarks(marks), advice
+    except ConfigError as error:
+        raise AvatarError(
+            "the face in the portrait can't be used as it lies there: use one that is upright and "
+            f"looks at the viewer ({error})"
+        ) from error
+
+
+def _points_of(marks: Landmarks) -> dict[str, list[list[float]]]:
+    """What a sheet shows, in pixels of the portrait."""
+    lines = {
+        "outer_lips": marks.outer_lips,
+        "inner_lips": marks.inner_lips,
+        "jaw": marks.jaw,
+        "left_brow": marks.left_brow,
+        "right_brow": marks.right_brow,
+        "nose": marks.nose,
+        "forehead": marks.forehead[None],
+    }
+    for name, eye in (("left_eye", marks.left_eye), ("right_eye", marks.right_eye)):
+        lines[f"{name}_upper"], lines[f"{name}_lower"] = eye.upper, eye.lower
+        lines[f"{name}_iris"] = eye.iris[None]
+    return {name: np.round(line, 2).tolist() for name, line in lines.items()}
 
 
 # --- life -----------------------------------------------------------------------------------------
@@ -298,6 +370,64 @@ def _lid(moment: float) -> float:
     return float((1 - t) ** 1.6)
 
 
+# --- gestures -------------------------------------------------------------------------------------
+
+GESTURES: dict[str, float] = {
+    "nod": 0.96,
+    "shake": 1.2,
+    "smile": 2.4,
+    "wink": 0.44,
+    "brows": 1.0,
+    "tilt": 1.8,
+    "blink": 0.34,
+}
+"""What a cue of kind "gesture" can ask for, and how long it takes in seconds."""
+
+_NOD, _SHAKE, _TILT = 0.050, 0.055, 0.040  # radians
+_SMILE = 0.75
+
+
+@dataclass
+class _Gestured:
+    """What gestures add to a pose."""
+
+    head: Float32
+    width: float = 0.0
+    blink: float = 0.0
+    wink: float = 0.0
+
+
+def gestured(running: Sequence[tuple[int, str]], clock: int, fps: int, motion: float) -> _Gestured:
+    """The sum of the gestures (clock at which they began, name), at a moment."""
+    out = _Gestured(np.zeros(len(HEAD), np.float32))
+    for begin, name in running:
+        moment, length = (clock - begin) / fps, GESTURES[name]
+        if not 0 <= moment < length:
+            continue
+        t = moment / length
+        swell = math.sin(math.pi * t) ** 2
+        # In within a quarter, out within the last third.
+        hold = float(smoothstep(t / 0.25) * smoothstep((1 - t) / 0.35))
+        if name == "nod":
+            # Down twice, the second time less.
+            share = 1.0 if t < 0.5 else 0.6
+            out.head[HEAD.index("pitch")] -= motion * _NOD * share * math.sin(2 * math.pi * t) ** 2
+        elif name == "shake":
+            out.head[HEAD.index("yaw")] += motion * _SHAKE * math.sin(4 * math.pi * t) * swell
+        elif name == "tilt":
+            out.head[HEAD.index("roll")] += motion * _TILT * hold
+        elif name == "brows":
+            out.head[HEAD.index("brow")] += 0.8 * hold
+        elif name == "smile":
+            out.width += _SMILE * hold
+            out.head[HEAD.index("brow")] += 0.2 * hold
+        elif name == "wink":
+            out.wink = max(out.wink, _lid(moment * (_DOWN + _HOLD + _UP) / length))
+        else:
+            out.blink = max(out.blink, _lid(moment))
+    return out
+
+
 # --- a session ------------------------------------------------------------------------------------
 
 
@@ -326,6 +456,10 @@ class VisemeSession:
         self._from = _REST
         self._length = 0
         self._eased = 0
+        # Gestures that are asked for, by their seconds within the turn; and those under way.
+        self._asked: list[tuple[float, str]] = []
+        self._gestures: list[tuple[int, str]] = []
+        self._row = 0
         # Speech on its way to take the mouth over.
         self._entered = 0
         self._entry = _REST
@@ -339,6 +473,9 @@ class VisemeSession:
 
     def flush(self) -> list[Job]:
         jobs = self._speak(self._articulator.flush())
+        # What was asked for at the very end, or after it, comes now.
+        self._gestures += [(self._clock, name) for _, name in self._asked]
+        self._asked, self._row = [], 0
         self._part(self._spec.ease)
         return jobs
 
@@ -357,7 +494,9 @@ class VisemeSession:
 
     def reset(self, clock: int | None = None, ease: int = 3) -> None:
         self._articulator.reset()
+        self._asked, self._row = [], 0
         if clock is not None:
+            self._gestures = [one for one in self._gestures if one[0] < clock]
             if clock < 0:
                 raise EngineError(f"a picture clock can't be {clock}")
             known = self._shown.get(clock - 1)
@@ -374,6 +513,12 @@ class VisemeSession:
 
     def cue(self, cues: Sequence[Cue]) -> None:
         self._articulator.cue(cues)
+        for cue in cues:
+            if cue.kind == "gesture":
+                if cue.text in GESTURES:
+                    self._asked.append((cue.start, cue.text))
+                else:
+                    log.debug("a gesture is not known to viseme")
 
     def _part(self, ease: int) -> None:
         """From here on the mouth closes, until speech takes it."""
@@ -383,6 +528,10 @@ class VisemeSession:
     def _speak(self, rows: Float32) -> list[Job]:
         jobs = []
         for row in np.asarray(rows, np.float32):
+            moment = (self._row + 1) / self._spec.fps
+            self._row += 1
+            self._gestures += [(self._clock, name) for at, name in self._asked if at < moment]
+            self._asked = [one for one in self._asked if one[0] >= moment]
             if self._entered == 0:
                 self._entry = self._now[:PARAMETERS]
             self._entered += 1
@@ -396,8 +545,8 @@ class VisemeSession:
     def _job(self, mouth: Float32, *, speech: bool) -> Job:
         state = np.empty(PARAMETERS + 1, np.float32)
         state[:PARAMETERS] = mouth
-        nod = self._now[_NOD] + (mouth[_LEVEL] - self._now[_NOD]) * np.float32(self._follow)
-        state[_NOD] = nod if nod > 4e-3 else 0.0
+        nod = self._now[_CALM] + (mouth[_LEVEL] - self._now[_CALM]) * np.float32(self._follow)
+        state[_CALM] = nod if nod > 4e-3 else 0.0
         clock = self._clock
         self._now = state
         self._shown[clock] = state
@@ -407,10 +556,27 @@ class VisemeSession:
         head = self._life.head(clock)
         if self._motion > 0:
             # Who speaks up, lifts chin and brows a little.
-            loud = float(state[_NOD])
+            loud = float(state[_CALM])
             head[HEAD.index("pitch")] += 0.022 * math.sin(4.6 * loud) * loud
             head[HEAD.index("brow")] += 0.5 * loud * loud
-        pose = Pose(self._widened(mouth), head, self._life.blink(clock))
+        blink, wink = self._life.blink(clock), 0.0
+        mouth = self._widened(mouth)
+        if self._gestures:
+            fps = self._spec.fps
+            self._gestures = [
+                one
+                for one in self._gestures
+                if clock < one[0] + (GESTURES[one[1]] + KEPT / fps) * fps
+            ]
+            extra = gestured(self._gestures, clock, fps, min(1.0, self._motion))
+            head = head + extra.head
+            blink, wink = max(blink, extra.blink), extra.wink
+            if extra.width > 0:
+                mouth = mouth.copy()
+                # Wide and round are opposites: who smiles rounds less.
+                mouth[1] = min(1.0, float(mouth[1]) + extra.width)
+                mouth[2] *= 1 - 0.5 * extra.width
+        pose = Pose(mouth, head, blink, wink)
         return Job(self, clock, speech, pose)
 
     def _widened(self, mouth: Float32) -> Float32:
@@ -466,15 +632,17 @@ class VisemeEngine:
             return avatar
         progress("reading the portrait", 0.1)
         picture = read_portrait(data, parsed.background)
+        advice: list[str] = []
+        given = marks is not None
         if marks is None:
-            raise AvatarError(
-                "where the face is must be told: give `landmarks` in the persona's YAML"
-            )
+            progress("finding the face", 0.15)
+            marks, advice = find_face(picture, parsed, lambda what: progress(what, 0.15))
+        told = _points_of(marks)
         picture, marks = fit(picture, marks, parsed.width, parsed.height)
         progress("finding how the face moves", 0.3)
         rig = build(picture, marks, parsed.motion)
         progress("writing", 0.9)
-        _save(target, rig, key, parsed)
+        _save(target, rig, key, parsed, {"advice": advice, "given": given, "landmarks": told})
         progress("ready", 1.0)
         return avatar
 
@@ -519,7 +687,7 @@ def _key(source: bytes, options: Options) -> str:
     """Changes with everything that changes the rig; not with what only a session uses."""
     told = {
         name: getattr(options, name)
-        for name in ("width", "height", "motion", "background", "landmarks")
+        for name in ("width", "height", "motion", "background", "landmarks", "face_at")
     }
     digest = hashlib.sha256(f"viseme {VERSION}\n".encode())
     digest.update(json.dumps(told, sort_keys=True, default=float).encode())
@@ -554,7 +722,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _save(folder: Path, rig: Rig, key: str, options: Options) -> None:
+def _save(folder: Path, rig: Rig, key: str, options: Options, found: Mapping[str, object]) -> None:
     """Arrays first, the manifest last, each by renaming: what is there is whole or not counted."""
     buffer = io.BytesIO()
     arrays = {one.name: getattr(rig, one.name) for one in fields(Rig)}
@@ -570,6 +738,7 @@ def _save(folder: Path, rig: Rig, key: str, options: Options) -> None:
         "height": options.height,
         "region": {"x": x, "y": y, "width": width, "height": height},
         "arrays": {name: list(array.shape) for name, array in arrays.items()},
+        **found,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import mimetypes
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import av
 from fastapi import Body, FastAPI, HTTPException, Query, Request, Response, WebSocket
@@ -23,6 +24,7 @@ from .. import metrics
 from ..config import PACKAGE, Persona, Settings, VoiceChoice, list_personas
 from ..errors import InputError
 from ..media import Mode
+from ..outputs import OutputDesk, outputs_router
 from ..room import RoomOptions
 from ..version import __version__
 from . import models, vendor
@@ -33,6 +35,9 @@ from .guard import Guard, host_name
 from .live import RATES, EventStream, LiveSound
 from .problems import HANDLERS
 from .upload import check_sound, read_sound
+
+if TYPE_CHECKING:
+    from .. import session
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +88,8 @@ def create_app(
     desk = Desk(studio, settings)
     routes = _Routes(desk, settings, livekit, personas or (lambda: list_personas(settings)))
 
+    outputs = OutputDesk(cast("session.Studio", studio))
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         reaper = asyncio.get_running_loop().create_task(desk.reap(), name="reap-sessions")
@@ -91,6 +98,7 @@ def create_app(
         finally:
             reaper.cancel()
             await asyncio.gather(reaper, return_exceptions=True)
+            await outputs.aclose()
             await desk.aclose()
 
     app = FastAPI(
@@ -105,6 +113,10 @@ def create_app(
     )
     app.state.desk = desk
     routes.add_to(app)
+    keyed = dataclasses.replace(
+        settings, livekit_api_key=livekit.api_key, livekit_api_secret=livekit.api_secret
+    )
+    app.include_router(outputs_router(outputs, keyed))
     app.mount("/web", _PageFiles(directory=WEB), name="web")
     app.add_middleware(
         Guard,

@@ -30,8 +30,9 @@ from .. import metrics
 
 logger = logging.getLogger(__name__)
 
-PUBLIC = ("/", "/health", "/docs", "/openapi.json", "/favicon.svg")
-"""Paths that need no token: the page, and nothing that says or shows anything of a session."""
+PUBLIC = ("/", "/health", "/docs", "/openapi.json", "/favicon.svg", "/livekit/webhook")
+"""Paths that need no token: the page, and nothing that says or shows anything of a session.
+The webhook carries LiveKit's own signature instead."""
 PUBLIC_FOLDERS = ("/web/", "/vendor/")
 
 _LINGER = 2.0

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import io
 
-import av
 from fastapi import Request
 from starlette.datastructures import UploadFile
 
 from ..errors import InputError
-
-# What FFmpeg may take an upload for. Playlists and the like are left out: they name other files
-# and addresses, which FFmpeg would open for the sender.
-_FORMATS = (
-    "wav,w64,mp3,ogg,flac,mov,mp4,m4a,3gp,matroska,webm,aac,aiff,au,caf,amr,ac3,eac3,wv,tta,avi,asf"
-)
+from ..sources import decode_audio
 
 
 async def read_sound(request: Request, kind: str) -> tuple[bytes, dict[str, str]]:
@@ -38,16 +31,4 @@ async def check_sound(data: bytes) -> None:
 
 
 def _check(data: bytes) -> None:
-    try:
-        with av.open(io.BytesIO(data), options={"format_whitelist": _FORMATS}) as file:
-            if not file.streams.audio:
-                raise InputError("the file holds no sound: send one with an audio stream")
-            for frame in file.decode(audio=0):
-                if frame.samples:
-                    return
-    except (av.FFmpegError, ValueError) as error:
-        raise InputError(
-            f"the sound can't be decoded ({error.strerror if isinstance(error, OSError) else error}"
-            "): send a WAV, MP3, Ogg, FLAC or MP4 file"
-        ) from None
-    raise InputError("the sound is empty: there is not one sample in it")
+    next(decode_audio(data), None)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 TIMEOUT = 10.0
 """Seconds that an online voice may take for its first sound, and for more, when it is alone."""
 
-FIRST, STALL = 2.0, 1.5
+FIRST, STALL = 1.8, 1.5
 """The same when another voice is there to take over."""
 
 BACK_OFF = (5.0, 15.0, 60.0, 300.0)

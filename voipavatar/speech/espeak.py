@@ -49,6 +49,9 @@ _SPEED, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 # espeak_EVENT
 _LAST, _WORD, _PHONEME = 0, 1, 7
 
+_CLOSURE = 0.045
+"""Seconds of silence before a voiceless stop bursts, measured on the library's English."""
+
 _HOLD = 2.0
 """Seconds of sound held back at most while a word is unfinished."""
 
@@ -321,12 +324,14 @@ class _Tally:
                 break
             if event.type == _PHONEME:
                 symbol = bytes(event.id.string).split(b"\0")[0].decode("utf-8", "ignore")
-                self._close_phoneme(event.sample)
-                self._phoneme = (symbol.strip("ˈˌ") or PAUSE, event.sample)
-                if self._next is not None and symbol:
-                    self._close_word(event.sample, self._next)
-                    self._word, self._last, self._next = event.sample, self._next, None
-                    cut = event.sample
+                symbol = symbol.strip("ˈˌ") or PAUSE
+                start = self._begins(symbol, event.sample)
+                self._close_phoneme(start)
+                self._phoneme = (symbol, start)
+                if self._next is not None and symbol != PAUSE:
+                    self._close_word(start, self._next)
+                    self._word, self._last, self._next = start, self._next, None
+                    cut = start
             elif event.type == _WORD:
                 # "42" is two words for the library and one in the text. A word starts with its
                 # first phoneme: the event itself comes a little before.
@@ -346,6 +351,13 @@ class _Tally:
         self._close_phoneme(self._made)
         self._close_word(self._made, len(self._words))
         self._pass(self._made)
+
+    def _begins(self, symbol: str, sample: int) -> int:
+        """The library tells of p, t and k when they burst; the lips close before that."""
+        if symbol[0] not in "ptk" or self._phoneme is None or self._phoneme[0] == PAUSE:
+            return sample
+        before = self._phoneme[1]
+        return max(sample - round(_CLOSURE * RATE), (before + sample) // 2)
 
     def _close_phoneme(self, at: int) -> None:
         if self._phoneme is None:

