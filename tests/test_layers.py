@@ -81,6 +81,7 @@ SIDEWAYS = {
     ("avatar", "config"),
     ("speech", "config"),
     ("facemesh", "facemodels"),
+    ("rabbitmq", "config"),
     ("rabbitmq", "messages"),
     ("rabbitmq", "ledger"),
     ("rabbitmq", "sources"),
