@@ -3,6 +3,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 ARGS ?=
+EXTRAS ?= demo,train,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo dev test check format cover clean
@@ -17,10 +18,11 @@ demo: setup  ## talk to the avatar in your browser; Ctrl-C ends it
 	@exec $(VENV)/bin/voipavatar demo $(ARGS)
 
 dev:  ## .venv with what the tests and checks need too
-	@sh tools/setup demo,train,dev $(VENV)
+	@sh tools/setup $(EXTRAS) $(VENV)
 
 test: dev  ## all tests, on real servers and a real browser; ARGS="-k stage" runs some
-	@sh tools/need chromium:chromium,fonts-liberation ffmpeg:ffmpeg
+	@sh tools/need chromium:chromium,fonts-liberation ffmpeg:ffmpeg openssl:openssl \
+		nginx:nginx,libnginx-mod-rtmp rabbitmq-server:rabbitmq-server redis-server:redis-server
 	@$(PY) -m voipavatar fetch
 	$(PY) -m pytest $(ARGS)
 

@@ -73,6 +73,8 @@ class TestViseme(EngineContract):
         empty.write_bytes(b"")
         half = folder / "half.png"
         half.write_bytes(source.read_bytes()[:400])
+        blank = folder / "blank.png"
+        cv2.imwrite(str(blank), np.full((360, 640, 3), 128, np.uint8))
         small = folder / "small.png"
         tiny = save_face(small, width=640, height=360, unit=25)
         shifted = {key: value for key, value in save_face(folder / "wide.png", width=1280).items()}
@@ -89,7 +91,7 @@ class TestViseme(EngineContract):
                 "text": (text, options),
                 "empty": (empty, options),
                 "half": (half, options),
-                "faceless": (source, {"width": 640, "height": 360}),
+                "faceless": (blank, {"width": 640, "height": 360}),
                 "tiny": (small, options | {"landmarks": tiny}),
                 "elsewhere": (source, options | {"landmarks": shifted}),
             },

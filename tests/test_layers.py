@@ -25,7 +25,7 @@ LAYERS = {
     "sinks": 2,
     "room": 2,
     "agentstream": 2,
-    "follow": 2,
+    "follow": 3,
     "rtmp": 2,
     "speech": 2,
     "rabbitmq": 2,

@@ -517,3 +517,60 @@ def test_a_turn_agrees_with_itself_on_its_length() -> None:
             assert turn.total is not None
             assert slice_start(turn.total, 16_000, fps) >= fed
             assert slice_start(turn.total - 1, 16_000, fps) < fed
+
+
+# --- another engine session -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fps", "before", "after"), [(25, 1280, 0), (25, 0, 3200), (30, 640, 640)])
+@pytest.mark.parametrize("at", [0, 3, 12, 24, 40])
+async def test_a_swap_loses_and_doubles_nothing(fps: int, before: int, after: int, at: int) -> None:
+    wanted = Player(fps=fps, lookahead=before)
+    wanted.say(1.0)
+    sound = np.concatenate([frame.audio for frame in await wanted.tick(70) if frame.turn])
+    player = Player(fps=fps, lookahead=before)
+    number = player.say(1.0)
+    await player.tick(at)
+    shown = sum(frame.turn == number for frame in player.sink.frames)
+    other = FakeSession(fps, after)
+    player.stage.swap(other, player.submit)
+    await player.tick(90 - at)
+    frames = [frame for frame in player.sink.frames if frame.turn == number]
+    assert np.array_equal(np.concatenate([frame.audio for frame in frames]), sound)
+    # The new session sees the turn from the first frame on that the old one didn't show.
+    own = [int(frame.image[0, 2]) for frame in frames[shown:]]
+    assert own == list(range(len(own)))
+    clocks = player.clocks()
+    assert clocks == [i % 256 for i in range(len(clocks))], "the picture clock jumped"
+    assert player.owner.ends() == [("finished", number, 1.0, False)]
+    assert player.stage.state is State.IDLE
+
+
+async def test_a_swap_keeps_what_waits_and_tells_cues_in_the_new_sessions_time() -> None:
+    player = Player(lookahead=0)
+    number = player.stage.begin(player.owner)
+    cues = [Cue("phoneme", "a", 0.1, 0.2), Cue("phoneme", "b", 1.0, 1.1)]
+    player.stage.push(number, tone(1.2), 16_000, cues)
+    player.stage.end(number)
+    second = player.say(0.2)
+    await player.tick(16)
+    shown = sum(frame.turn == number for frame in player.sink.frames)
+    other = FakeSession(25, 0)
+    player.stage.swap(other, player.submit)
+    [cue] = other.cues
+    assert cue.text == "b" and cue.start == pytest.approx(1.0 - shown / 25)
+    await player.tick(40)
+    assert player.owner.ends() == [
+        ("finished", number, 1.2, False),
+        ("finished", second, 0.2, False),
+    ]
+
+
+async def test_a_swap_wants_the_same_size_and_rate() -> None:
+    player = Player(fps=25)
+    with pytest.raises(StageError, match="prepare the persona at its size"):
+        player.stage.swap(FakeSession(30), player.submit)
+    await player.tick(3)
+    player.stage.close()
+    with pytest.raises(StageError, match="closed"):
+        player.stage.swap(FakeSession(25), player.submit)

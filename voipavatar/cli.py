@@ -642,9 +642,11 @@ def stream(settings: Settings, /, persona: str, targets: tuple[str, ...], **look
 def fetch(settings: Settings) -> int:
     """Get now what demo and tests would get at first use.
 
-    A livekit-server, unless LIVEKIT_URL names one, and the page's files. The first time it may
-    take minutes (a build); then everything works without a network.
+    A livekit-server, unless LIVEKIT_URL names one, the page's files, and the small networks that
+    find a face in a picture. The first time it may take minutes (a build); then everything works
+    without a network.
     """
+    from .facemodels import face_models
 
     async def fetching() -> None:
         from .livekit_server import obtain
@@ -656,6 +658,8 @@ def fetch(settings: Settings) -> int:
                     lambda message, elapsed: tell(f"{message} ({elapsed:.0f} s)"),
                 )
             await _page_files(settings, tell)
+            tell("looking for the face models")
+            await asyncio.to_thread(face_models, settings, tell)
 
     _run(fetching())
     return 0

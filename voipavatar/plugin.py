@@ -55,7 +55,7 @@ BEAT = 1.0
 """Seconds between two looks at a dispatched avatar."""
 MISSED = 2
 """Looks in a row without an answer after which it counts as gone."""
-BACKOFF = (0.5, 30.0)
+BACKOFF = (0.5, 10.0)
 """First and longest pause before a lost avatar is asked for again, in seconds."""
 TTL = 600.0
 """Seconds that the token of a local avatar is good for; joining again takes a new one."""
@@ -314,7 +314,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
 
     async def _comes(self, room: rtc.Room) -> bool:
         """Whether the avatar is seen within the join time-out."""
-        end = time.monotonic() + self._join_timeout
+        # A dispatch that found no worker is dropped by the server: once lost, ask again sooner.
+        patience = min(self._join_timeout, 6.0) if self.lost else self._join_timeout
+        end = time.monotonic() + patience
         while time.monotonic() < end:
             if not room.isconnected():
                 self._trouble = "the agent's own connection is gone"
@@ -323,7 +325,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 return True
             await asyncio.sleep(0.02)
         self._trouble = (
-            f"no avatar joined within {self._join_timeout:g} s: is a `voipavatar worker` running "
+            f"no avatar joined within {patience:g} s: is a `voipavatar worker` running "
             f"under the name {self._agent_name!r}, at this LiveKit server, with room for another "
             "session? `lk dispatch list` and the worker's /health tell"
         )

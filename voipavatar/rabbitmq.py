@@ -234,6 +234,7 @@ class Wire:
         self._exchanges: dict[str, AbstractExchange] = {}
         self._consumers: list[tuple[AbstractQueue, str]] = []
         self._doubt = asyncio.Event()
+        self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -338,7 +339,7 @@ class Wire:
                     one, passive=True, timeout=options.timeout
                 )
             await queue.bind(inbox, one, timeout=options.timeout)
-        for one in (options.control, options.queue, options.lapsed):
+        for one in () if self._stopping else (options.control, options.queue, options.lapsed):
             await self._consume(one, self.generation)
 
     async def _channel(
@@ -398,7 +399,7 @@ class Wire:
                 queue = await asyncio.wait_for(
                     probe.declare_queue(name, passive=True), self.options.timeout
                 )
-                if not queue.declaration_result.consumer_count:
+                if not queue.declaration_result.consumer_count and not self._stopping:
                     raise TransportError("the broker has no consumer of the queue any more")
 
     async def ready(self, name: str) -> int:
@@ -466,6 +467,7 @@ class Wire:
 
     async def stop_consuming(self) -> None:
         """Take nothing more; what came can still be acknowledged."""
+        self._stopping = True
         consumers, self._consumers = self._consumers, []
         for queue, tag in consumers:
             with contextlib.suppress(Exception):

@@ -212,6 +212,7 @@ class Session:
         self._subscribers: set[_Subscriber] = set()
         self._closing: asyncio.Task[None] | None = None
         self._draining = False
+        self._swapping = asyncio.Lock()
         self.closed = asyncio.Event()
         self.failure: str | None = None
 
@@ -260,6 +261,24 @@ class Session:
         """Stop speaking, and forget what waits; how many turns that were."""
         self.touched = time.monotonic()
         return self.stage.interrupt()
+
+    async def swap_persona(self, persona: Persona | str) -> None:
+        """Become another persona on air: same room, same participant, nothing said is lost.
+
+        Its picture is prepared at this session's size and rate, and shown from one frame to the
+        next. Raises what `Studio.open` raises; the session goes on as it was then.
+        """
+        if self._draining:
+            raise StageError("the session is closing: open a new one")
+        self.touched = time.monotonic()
+        async with self._swapping:
+            self.persona = await self._studio.swap(self, persona)
+        self._voices = self.persona.voice
+        if self._warm is not None and not self._draining:
+            self._warm.cancel()
+            await asyncio.gather(self._warm, return_exceptions=True)
+            self._warm = asyncio.create_task(self._warming(), name=f"warm-{self.id}")
+        self.emit("persona", persona=self.persona.name)
 
     def pause(self) -> None:
         """Hold speech, with the mouth shut, until `resume`. Idempotent."""
@@ -618,6 +637,29 @@ class Studio:
         await _all(first)
         session = Session(name, persona, stage, self, voices, room_sink)
         return session
+
+    async def swap(self, session: Session, persona: Persona | str) -> Persona:
+        """Put another persona in a session's place; what it is now. Called by the session."""
+        if isinstance(persona, str):
+            persona = load_persona(persona, self.settings)
+        spec = session.stage.engine.spec
+        persona = persona.model_copy(
+            update={"width": spec.width, "height": spec.height, "fps": spec.fps}
+        )
+        renderer = await self.renderer(persona.engine)
+        engine = await renderer.open(await self.prepare(persona))
+        try:
+            # Drawn once before it is seen, so that its first picture isn't a slow one.
+            await renderer.call(lambda one: one.render(engine.idle(1)))
+            session.stage.swap(engine, renderer.submit)
+        except BaseException:
+            renderer.release()
+            raise
+        before = self._rented.get(session.id)
+        self._rented[session.id] = renderer
+        if before is not None:
+            before.release()
+        return persona
 
     async def renderer(self, engine: str) -> Renderer:
         """The process's renderer of an engine, made at the first call."""

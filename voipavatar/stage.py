@@ -16,7 +16,7 @@ import enum
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -160,7 +160,8 @@ class Turn:
         self._total_engine = 0  # samples at 16 kHz converted so far
         self._converted = False
         self._fed = 0
-        self._log: list[Int16] = []  # what the engine got before the first frame was shown
+        self._log: deque[Int16] = deque()  # what the engine got for frames that were not shown yet
+        self._origin = 0  # frame of the turn at which the engine's own turn began
         self._new_cues: list[Cue] = []
         self._all_cues: list[Cue] = []
         self._caption_cues: deque[Cue] = deque()
@@ -212,8 +213,7 @@ class Turn:
         if len(piece) == 0:
             return None
         self._fed += 1
-        if self.frames == 0:
-            self._log.append(piece)
+        self._log.append(piece)
         return to_float(piece)
 
     @property
@@ -221,11 +221,13 @@ class Turn:
         return self._converted and len(self._engine_pcm) == 0
 
     def take_cues(self) -> list[Cue]:
-        """Cues that the engine has not seen."""
+        """Cues that the engine has not seen, in seconds from where its own turn began."""
         cues, self._new_cues = self._new_cues, []
-        if self.frames == 0:
-            self._all_cues.extend(cues)
-        return cues
+        self._all_cues.extend(cues)
+        begin = self._origin / self._fps
+        if not begin:
+            return cues
+        return [replace(cue, start=cue.start - begin, end=cue.end - begin) for cue in cues]
 
     def heard_cues(self) -> Iterator[Cue]:
         """Words and gestures that begin in what was shown up to now, each once."""
@@ -244,8 +246,8 @@ class Turn:
         pcm = self._frame_pcm.take(count)
         self.frames += 1
         self.played += len(pcm)
-        self._log.clear()
-        self._all_cues.clear()
+        if self._log:
+            self._log.popleft()
         if len(pcm) == count:
             return np.ascontiguousarray(pcm)
         filled = np.zeros(count, np.int16)
@@ -253,17 +255,18 @@ class Turn:
         return filled
 
     def rewind(self) -> None:
-        """Nothing of it was shown and the engine has forgotten it: feed it again from the start."""
+        """The engine has forgotten it: feed it again, from the first frame that was not shown."""
         again = Fifo()
         for piece in self._log:
             again.push(piece)
         again.push(self._engine_pcm.take(len(self._engine_pcm)))
         self._engine_pcm = again
         self._log.clear()
-        self._fed = 0
+        self._fed = self._origin = self.frames
         self.flushed = False
-        self._new_cues = self._all_cues + self._new_cues
-        self._all_cues = []
+        now = self.frames / self._fps
+        seen, self._all_cues = self._all_cues, []
+        self._new_cues = [cue for cue in seen if cue.end > now] + self._new_cues
 
     def _convert(self) -> bool:
         """Convert a little more of the source sound; False if there is nothing to convert."""
@@ -471,6 +474,31 @@ class Stage:
         for number in numbers:
             self.cancel(number)
         return len(numbers)
+
+    def swap(self, engine: EngineSession, submit: Submit) -> None:
+        """Go on with another engine session from the next frame on: same sinks, same turns.
+
+        What was shown stays shown, and what is being said goes on at its next frame. Raises
+        StageError when size or rate differ, since the sinks have one of each for life.
+        """
+        if self._closed:
+            raise StageError("the stage is closed: open a new session")
+        was, spec = self.engine.spec, engine.spec
+        if (was.width, was.height, was.fps) != (spec.width, spec.height, spec.fps):
+            raise StageError(
+                f"a stage of {was.width}x{was.height} at {was.fps} can't go on with "
+                f"{spec.width}x{spec.height} at {spec.fps}: prepare the persona at its size"
+            )
+        for slot in self._deck:
+            slot.picture.drop()
+        self._deck.clear()
+        for turn in self._turns:
+            if self._in_engine(turn):
+                turn.rewind()
+        engine.reset(clock=self._next_clock, ease=self.options.ease)
+        self.engine, self._submit = engine, submit
+        self._produce()
+        self._wake.set()
 
     @property
     def paused(self) -> bool:

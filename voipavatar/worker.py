@@ -27,6 +27,7 @@ from . import metrics
 from .agentstream import AgentStream
 from .config import Settings, load_persona
 from .errors import CapacityError, ConfigError, VoipAvatarError
+from .follow import Follow
 from .plugin import AGENT_NAME, IDENTITY
 from .room import RoomOptions
 from .session import Session, Studio
@@ -50,6 +51,8 @@ class Order:
     persona: str = "default"
     agent: str = ""
     """Identity that the avatar speaks for; the first agent in the room when empty."""
+    follow: str = ""
+    """Identity of a participant whose audio track the avatar says, instead of an agent's speech."""
     identity: str = IDENTITY
     name: str = ""
     request: str = field(default="", compare=False)
@@ -235,6 +238,7 @@ class Worker:
         assert studio is not None
         persona = load_persona(order.persona, self.settings)
         stream = AgentStream(agent=order.agent)
+        follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,
             room,
@@ -244,27 +248,31 @@ class Worker:
             name=order.name or persona.title,
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else {},
             ttl=TTL,
-            guests=(stream,),
+            guests=(stream,) if follow is None else (stream, follow),
         )
         session = await studio.open(persona, room=options, id=job)
         stream.open_turn = session.open_turn
+        if follow is not None:
+            follow.open_turn = session.open_turn
         metrics.SESSIONS.inc()
         metrics.SESSIONS_OPENED.inc()
         reason = "failed"
         try:
-            reason = await self._stay(session)
+            reason = await self._stay(session, order.follow)
         finally:
             metrics.SESSIONS.dec()
             metrics.SESSIONS_CLOSED.labels(reason).inc()
             await stream.aclose()
+            if follow is not None:
+                await follow.aclose()
             await session.aclose(FAREWELL)
 
-    async def _stay(self, session: Session) -> str:
+    async def _stay(self, session: Session, follow: str) -> str:
         """Until the session ends, or nobody is there to speak for; why, as a metric's label."""
         assert session.room is not None
         last = time.monotonic()
         while not session.closed.is_set():
-            if not session.room.connected or _has_agent(session.room.room):
+            if not session.room.connected or _wanted(session.room.room, follow):
                 last = time.monotonic()
             elif time.monotonic() - last > self._grace:
                 logger.info("no agent came back")
@@ -313,11 +321,15 @@ class Worker:
         self.url = f"http://{host}:{port}"
 
 
-def _has_agent(room: rtc.Room | None) -> bool:
+def _wanted(room: rtc.Room | None, follow: str) -> bool:
     """Whether somebody is there that the avatar may speak for."""
-    return room is not None and any(
+    if room is None:
+        return False
+    if follow:
+        return follow in room.remote_participants
+    return any(
         one.kind == rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
-        and one.identity != room.local_participant.identity
+        and ATTRIBUTE_PUBLISH_ON_BEHALF not in one.attributes
         for one in room.remote_participants.values()
     )
 
