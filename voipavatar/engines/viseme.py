@@ -349,7 +349,7 @@ GESTURES: dict[str, float] = {
 }
 """What a cue of kind "gesture" can ask for, and how long it takes in seconds."""
 
-_NOD, _SHAKE, _TILT = 0.050, 0.055, 0.040  # radians
+_NOD, _SHAKE, _TILT = 0.075, 0.065, 0.045  # radians
 _SMILE = 0.75
 
 
