@@ -40,7 +40,7 @@ from .rig import HEAD, Landmarks, Rig, build, parse_landmarks, smoothstep
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 
 PARAMETERS = 8
 """Mouth parameters of a pose: `articulation.PARAMETERS`."""
