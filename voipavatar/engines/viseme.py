@@ -377,7 +377,7 @@ def gestured(running: Sequence[tuple[int, str]], clock: int, fps: int, motion: f
         if name == "nod":
             # Down twice, the second time less.
             share = 1.0 if t < 0.5 else 0.6
-            out.head[HEAD.index("pitch")] -= motion * _NOD * share * math.sin(2 * math.pi * t) ** 2
+            out.head[HEAD.index("pitch")] += motion * _NOD * share * math.sin(2 * math.pi * t) ** 2
         elif name == "shake":
             out.head[HEAD.index("yaw")] += motion * _SHAKE * math.sin(4 * math.pi * t) * swell
         elif name == "tilt":
