@@ -689,14 +689,33 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
     return _bench("sync", settings, as_json, minutes=minutes)
 
 
-@bench.command("engine")
+@bench.command(
+    "engine", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+@click.option("--engine", "name", help="musetalk: its own measurement, with options of its own.")
 @click.option("--persona", default="default", show_default=True)
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.pass_obj
-def bench_engine(settings: Settings, persona: str, seconds: float, as_json: bool) -> int:
-    """Pictures a second that a persona's engine makes here (`bench musetalk` tells more of it)."""
-    return _bench("engine", settings, as_json, persona=persona, seconds=seconds)
+@click.pass_context
+def bench_engine(
+    context: click.Context, name: str | None, persona: str, seconds: float, as_json: bool
+) -> int:
+    """Pictures a second that a persona's engine makes here.
+
+    With `--engine musetalk` it is `bench musetalk`, which has more options (--runtime, --recipe).
+    """
+    if name == "musetalk":
+        from .musetalk_cli import bench_musetalk
+
+        args = [*context.args, *(["--json"] if as_json else [])]
+        code = bench_musetalk.main(
+            args, prog_name="voipavatar bench musetalk", standalone_mode=False, obj=context.obj
+        )
+        return int(code or 0)
+    if context.args:
+        raise click.UsageError(f"No such option: {context.args[0]}")
+    chosen = name if name not in (None, "viseme") else persona
+    return _bench("engine", context.obj, as_json, persona=chosen, seconds=seconds)
 
 
 @bench.command("broadcast")
