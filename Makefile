@@ -20,7 +20,8 @@ dev:  ## .venv with what the tests and checks need too
 	@sh tools/setup demo,dev $(VENV)
 
 test: dev  ## all tests, on real servers and a real browser; ARGS="-k stage" runs some
-	@sh tools/need chromium:chromium,fonts-liberation ffmpeg:ffmpeg
+	@sh tools/need chromium:chromium,fonts-liberation ffmpeg:ffmpeg \
+		rabbitmq-server:rabbitmq-server redis-server:redis-server
 	$(PY) -m pytest $(ARGS)
 
 check: dev  ## style and types

@@ -52,6 +52,8 @@ LAYERS = {
     "worker": 7,
     "livekit_server": 7,
     "doctor": 7,
+    "say": 7,
+    "bench_queue": 7,
     "bench": 7,
     "cli": 8,
     "__main__": 9,

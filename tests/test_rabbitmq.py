@@ -468,15 +468,16 @@ async def test_hours_of_silence_in_few_bytes_are_refused(rig: Rig, client: Clien
 
 
 async def test_what_time_heals_is_tried_again(rig: Rig, client: Client) -> None:
-    session, rig.place._session = rig.place._session, None
+    session = rig.session
+    rig.place.adopt(None)
     await client.send(audio(0.3, "patient"))
     await client.until(lambda: rig.feed.counts["retried"] == 1)
-    rig.place._session = session
+    rig.place.adopt(session)
     assert await client.ended("patient") == ["finished"]
-    rig.place._session = None
+    rig.place.adopt(None)
     await client.send(audio(0.3, "hopeless"))
     assert await client.ended("hopeless") == ["failed"]
-    rig.place._session = session
+    rig.place.adopt(session)
     failed = client.ends("hopeless")[0]
     assert isinstance(failed, Failed) and failed.retryable and failed.attempt == 3
     [dead] = await client.dead()
