@@ -63,6 +63,7 @@ LAYERS = {
 SIDEWAYS = {
     ("avatar", "config"),
     ("speech", "config"),
+    ("rabbitmq", "config"),
     ("rabbitmq", "messages"),
     ("rabbitmq", "ledger"),
     ("rabbitmq", "sources"),
