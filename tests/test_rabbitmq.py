@@ -499,17 +499,20 @@ async def test_a_poisonous_message_is_given_up(
     """Workers that die of a message: the broker counts, and then its outcome is told."""
     async with working(options, tmp_path):
         pass  # declares
-    await client.send(audio(0.2, "poison"))
-    for _ in range(options.deliveries + 1):
-        connection = await aio_pika.connect(rabbitmq.url)
+    async with await aio_pika.connect(rabbitmq.url) as connection:
         channel = await connection.channel()
         queue = await channel.get_queue(options.queue)
-        message = await queue.get(fail=False, no_ack=False)
-        if message is not None:
+        came: list[bool] = []
+
+        async def die(message: aio_pika.abc.AbstractIncomingMessage) -> None:
+            came.append(bool(message.redelivered))
             await message.nack(requeue=True)
-        await connection.close()
-        if message is None:
-            break
+
+        await queue.consume(die)
+        await client.send(audio(0.2, "poison"))
+        await client.until(lambda: len(came) > options.deliveries)
+        await asyncio.sleep(0.5)
+        assert len(came) == options.deliveries + 1
     async with working(options, tmp_path):
         await client.send(audio(0.2, "good"))
         assert await client.ended("poison", "good") == ["failed", "finished"]
