@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import os
 import random
 import signal
 import sys
@@ -821,3 +822,48 @@ async def test_hours_in_faked_time_leave_nothing_behind(
         assert len(rig.feed._lanes) == 1 and not rig.feed._utterances
     third = len(sizes) // 3
     assert sizes[-1] - sizes[third] < 15e6, sizes
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+
+async def say(*arguments: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "voipavatar", "say", *arguments,
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, (out + err).decode()
+
+
+async def test_say_follows_a_message_to_its_end(
+    rig: Rig, client: Client, options: QueueOptions
+) -> None:
+    where = ("--amqp", options.url, "--queue", options.queue)
+    code, said = await say("Hello there.", *where, "--id", "once")
+    assert code == 0 and "started" in said and "finished" in said, said
+    assert (await say("Hello there.", *where, "--id", "once"))[0] == 5
+    code, said = await say("Hello there.", *where, "--session", "nobody", "--json")
+    assert code == 1 and '"code": "no_session"' in said
+    await client.send(audio(20, "long"))
+    await client.until(lambda: "long" in client.order())
+    assert (await say("Now.", *where, "--mode", "replace"))[0] == 0
+    assert await client.ended("long") == ["interrupted"]
+    code, said = await say("Hello.", "--amqp", options.url, "--queue", "not-there")
+    assert code == 1 and "there is no queue" in said
+    code, said = await say("Hello.", "--amqp", "amqp://127.0.0.1:1/")
+    assert code == 1 and "can't be reached" in said
+
+
+async def test_the_producer_of_the_examples(
+    rig: Rig, options: QueueOptions, rabbitmq: RabbitMQ
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "examples/producer.py", 'He said "go".',
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "VOIPAVATAR_AMQP_URL": rabbitmq.url, "RABBITMQ_QUEUE": options.queue},
+    )  # fmt: skip
+    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    kinds = [json.loads(line)["type"] for line in out.splitlines()]
+    assert process.returncode == 0 and kinds[0] == "accepted" and kinds[-1] == "finished"

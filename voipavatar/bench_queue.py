@@ -179,8 +179,9 @@ async def _latency(
             mouth.new.clear()
             text = SENTENCES[i % len(SENTENCES)]
             begin = time.perf_counter()
-            # An end that tells it from the one before: no voice may have it in its cache.
-            body = {"type": "text", "data": f"{text} Number {i}.", "message_id": f"l{i}"}
+            # A beginning that nobody has said before: no voice may have it in its cache.
+            new = f"Number {time.time_ns() // 1000 % 1_000_000}, {text[0].lower()}{text[1:]}"
+            body = {"type": "text", "data": new, "message_id": f"l{i}"}
             await bench.send(body)
             await asyncio.wait_for(mouth.new.wait(), 30)
             if i:  # the first one also loads what is loaded once
