@@ -95,6 +95,12 @@ class Ports:
         return port
 
 
+def redis() -> Path | None:
+    """The program of a Redis server, if it is installed."""
+    found = shutil.which("redis-server", path=f"{os.environ['PATH']}:/usr/sbin")
+    return Path(found) if found else None
+
+
 # --- RabbitMQ -------------------------------------------------------------------------------------
 
 RABBITMQ_SCRIPTS = (
