@@ -208,6 +208,9 @@ class _Routes:
             responses={**_BUSY, 200: {"model": models.Said}},
             openapi_extra=_SAY_BODY,
         )(self.say)
+        post("/sessions/{id}/persona", tags=["sessions"], status_code=204, responses=_BUSY)(
+            self.become
+        )
         post("/sessions/{id}/interrupt", tags=["speech"], status_code=204, responses=_PROBLEM)(
             self.interrupt
         )
@@ -364,6 +367,12 @@ class _Routes:
             if await _came(request, until):
                 response.status_code = 200
         return _said(utterance)
+
+    async def become(self, id: str, wish: models.Become) -> None:
+        """Another face on air: same room, same participant, nothing said is lost."""
+        entry = self._entry(id)
+        await entry.session.swap_persona(await self._persona(wish.persona))
+        entry.touch()
 
     async def interrupt(self, id: str) -> None:
         """Be silent now, and forget what was queued."""
