@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import metrics
 from ..config import PACKAGE, Persona, Settings, VoiceChoice, list_personas
 from ..errors import InputError
+from ..follow import Follow
 from ..media import Mode
 from ..outputs import OutputDesk, outputs_router
 from ..room import RoomOptions
@@ -297,10 +298,17 @@ class _Routes:
         id = new_id()
         room = f"voipavatar-{id}"
         access = self._livekit
+        follow = Follow(wish.follow) if wish.follow is not None else None
         options = RoomOptions(
-            url=access.url, api_key=access.api_key, api_secret=access.api_secret, room=room
+            url=access.url,
+            api_key=access.api_key,
+            api_secret=access.api_secret,
+            room=room,
+            guests=(follow,) if follow is not None else (),
         )
         entry = await self._desk.open(persona, options, voices, id)
+        if follow is not None:
+            follow.open_turn = entry.session.open_turn
         entry.voice = wish.voice or _voice_names(persona)[0]
         return models.Opened(
             persona=_shown(persona), voice=entry.voice, **self._ticket(request, entry, room)
