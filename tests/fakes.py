@@ -141,6 +141,10 @@ class FakeSession:
         self._drop(queued=True)
         return count
 
+    async def swap_persona(self, persona: Persona | str) -> None:
+        assert isinstance(persona, Persona)
+        self.persona = persona
+
     def status(self) -> dict[str, Any]:
         return {"state": self.state, "queue": len(self._queue), "counters": {"frames": 0}}
 

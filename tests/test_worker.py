@@ -22,7 +22,7 @@ from livekit.agents import AgentSession
 from voipavatar.config import Settings
 from voipavatar.errors import ConfigError
 from voipavatar.livekit_server import LiveKitServer
-from voipavatar.plugin import AvatarJoinTimeout, AvatarSession
+from voipavatar.plugin import AvatarJoinTimeout, AvatarSession, VoipAvatarException
 from voipavatar.viewer import Viewer
 from voipavatar.worker import Order, Worker
 
@@ -179,6 +179,37 @@ async def test_a_dispatched_avatar_speaks_and_is_interrupted(livekit: LiveKitSer
         while worker.health()["taken"] and time.monotonic() < end:
             await asyncio.sleep(0.05)
         assert worker.health()["taken"] == 0, "the avatar stayed behind"
+
+
+@server
+async def test_another_persona_on_air(livekit: LiveKitServer) -> None:
+    name, room_name = unique("swap"), unique("room")
+    async with working(livekit, name, personas=("clapper", "default")):
+        async with talking(livekit, room_name, name) as (session, avatar, room):
+            await avatar.wait_for_join(timeout=20)
+            viewer = Viewer(livekit.url, room_name, livekit.api_key, livekit.api_secret)
+            async with viewer as seen:
+                await seen.wait()
+                await asyncio.sleep(1.0)
+                sids = set(room.remote_participants["voipavatar"].track_publications)
+                handle = session.say(" ".join(["word"] * 16))  # four seconds
+                await asyncio.sleep(1.5)
+                begin = time.monotonic()
+                await avatar.swap_persona("default")
+                print(f"swapped in {time.monotonic() - begin:.2f} s")
+                await asyncio.wait_for(handle.wait_for_playout(), 10)
+                await asyncio.sleep(1.0)
+                spans = seen.loud_spans(gap=0.05)
+                loud = sum(last - first for first, last in spans) / 48_000
+                print(f"heard {loud:.3f} s of sound in {len(spans)} pieces")
+                assert loud == pytest.approx(4.0, abs=0.25), "lost or doubled"
+                assert not handle.interrupted
+                # White while it clapped; a face has neither that nor black.
+                assert all(20 < picture.luma < 250 for picture in seen.pictures)
+                assert max(seen.gaps()[25:]) < 1.0
+                assert set(room.remote_participants["voipavatar"].track_publications) == sids
+            with pytest.raises(VoipAvatarException, match="nobody"):
+                await avatar.swap_persona("nobody")
 
 
 @server

@@ -17,14 +17,14 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from livekit import rtc
 
-from .errors import InputError
+from .errors import InputError, VoipAvatarError
 from .media import Int16
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ AUDIO_TOPIC = "lk.audio_stream"
 CLEAR_BUFFER = "lk.clear_buffer"
 PLAYBACK_STARTED = "lk.playback_started"
 PLAYBACK_FINISHED = "lk.playback_finished"
+PERSONA = "voipavatar.persona"
+"""Beyond the protocol: become another persona on air; the payload is its name."""
 ALIVE = "voipavatar.alive"
 """Beyond the protocol: answers "ok" for as long as the avatar's loop runs."""
 ON_BEHALF = "lk.publish_on_behalf"
@@ -140,6 +142,7 @@ class AgentStream:
         open_turn: Callable[[], Turn] | None = None,
         agent: str = "",
         on_agent: Callable[[str], None] | None = None,
+        on_persona: Callable[[str], Awaitable[None]] | None = None,
         idle: float = IDLE,
     ) -> None:
         self.agent = agent
@@ -151,6 +154,7 @@ class AgentStream:
         self.dropped = 0
         """Segments cut short since too much waited, or refused."""
         self._on_agent = on_agent
+        self._on_persona = on_persona
         self._idle = idle
         self._room: rtc.Room | None = None
         self._gone: set[str] = set()  # who was here and left
@@ -178,6 +182,8 @@ class AgentStream:
         self._room = room
         room.local_participant.register_rpc_method(CLEAR_BUFFER, self._clear)
         room.local_participant.register_rpc_method(ALIVE, lambda call: "ok")
+        if self._on_persona is not None:
+            room.local_participant.register_rpc_method(PERSONA, self._persona)
         if self._reporting is None and not self._closed:
             self._reporting = asyncio.create_task(self._report(), name="agent-report")
 
@@ -333,6 +339,17 @@ class AgentStream:
             for one in rest:
                 one.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
+
+    async def _persona(self, call: rtc.RpcInvocationData) -> str:
+        """The agent wants another face."""
+        if call.caller_identity != self.agent and not await self._introduced(call.caller_identity):
+            raise rtc.RpcError(1403, "only the agent may change the persona")
+        assert self._on_persona is not None
+        try:
+            await self._on_persona(call.payload)
+        except VoipAvatarError as error:
+            raise rtc.RpcError(1422, str(error)[:250]) from None
+        return "ok"
 
     async def _clear(self, call: rtc.RpcInvocationData) -> str:
         """Silence, now. Everything of this agent that is not over gets its report."""

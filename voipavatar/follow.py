@@ -93,6 +93,8 @@ class Follow:
 
     def left(self) -> None:
         self._room = None
+        for task in self._tasks:
+            task.cancel()
 
     async def aclose(self) -> None:
         """Stop listening; what was begun is ended. Idempotent."""

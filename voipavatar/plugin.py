@@ -34,7 +34,7 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
-from .agentstream import ALIVE
+from .agentstream import ALIVE, PERSONA
 from .config import Persona, Settings, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
@@ -406,6 +406,32 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         log = logger.warning if was_here or self.lost == 1 else logger.info
         log("the avatar is gone: the agent speaks voice-only", extra={"reason": reason})
         self.emit("avatar_lost", reason)
+
+    # -- another face ------------------------------------------------------------------------------
+
+    async def swap_persona(self, persona: str | Persona) -> None:
+        """Become another persona on air: nothing said is lost, and the participant stays.
+
+        In `dispatch` it is a name that the worker knows. VoipAvatarException says why it can't be;
+        the avatar goes on as it was then.
+        """
+        if not self._here.is_set() or self._room is None:
+            raise VoipAvatarException("there is no avatar to change now: wait_for_join() first")
+        if self._mode == "local":
+            await self._avatar.swap_persona(persona)
+        elif isinstance(persona, Persona):
+            raise VoipAvatarException("mode=dispatch takes a persona by name: the worker loads it")
+        else:
+            try:
+                await self._room.local_participant.perform_rpc(
+                    destination_identity=self._identity,
+                    method=PERSONA,
+                    payload=persona,
+                    response_timeout=30.0,
+                )
+            except rtc.RpcError as error:
+                raise VoipAvatarException(f"the persona was not changed: {error.message}") from None
+        self._persona = persona  # what a new worker is asked for, should this one be lost
 
     # -- waiting and ending ------------------------------------------------------------------------
 

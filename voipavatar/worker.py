@@ -237,7 +237,14 @@ class Worker:
         studio = self._studio
         assert studio is not None
         persona = load_persona(order.persona, self.settings)
-        stream = AgentStream(agent=order.agent)
+        session: Session | None = None
+
+        async def become(name: str) -> None:
+            if session is None:
+                raise ConfigError("the avatar is not on air yet: ask again")
+            await session.swap_persona(name)
+
+        stream = AgentStream(agent=order.agent, on_persona=become)
         follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,

@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import metrics
 from ..config import PACKAGE, Persona, Settings, VoiceChoice, list_personas
 from ..errors import InputError
+from ..follow import Follow
 from ..media import Mode
 from ..outputs import OutputDesk, outputs_router
 from ..room import RoomOptions
@@ -208,6 +209,9 @@ class _Routes:
             responses={**_BUSY, 200: {"model": models.Said}},
             openapi_extra=_SAY_BODY,
         )(self.say)
+        post("/sessions/{id}/persona", tags=["sessions"], status_code=204, responses=_BUSY)(
+            self.become
+        )
         post("/sessions/{id}/interrupt", tags=["speech"], status_code=204, responses=_PROBLEM)(
             self.interrupt
         )
@@ -294,10 +298,17 @@ class _Routes:
         id = new_id()
         room = f"voipavatar-{id}"
         access = self._livekit
+        follow = Follow(wish.follow) if wish.follow is not None else None
         options = RoomOptions(
-            url=access.url, api_key=access.api_key, api_secret=access.api_secret, room=room
+            url=access.url,
+            api_key=access.api_key,
+            api_secret=access.api_secret,
+            room=room,
+            guests=(follow,) if follow is not None else (),
         )
         entry = await self._desk.open(persona, options, voices, id)
+        if follow is not None:
+            follow.open_turn = entry.session.open_turn
         entry.voice = wish.voice or _voice_names(persona)[0]
         return models.Opened(
             persona=_shown(persona), voice=entry.voice, **self._ticket(request, entry, room)
@@ -364,6 +375,12 @@ class _Routes:
             if await _came(request, until):
                 response.status_code = 200
         return _said(utterance)
+
+    async def become(self, id: str, wish: models.Become) -> None:
+        """Another face on air: same room, same participant, nothing said is lost."""
+        entry = self._entry(id)
+        await entry.session.swap_persona(await self._persona(wish.persona))
+        entry.touch()
 
     async def interrupt(self, id: str) -> None:
         """Be silent now, and forget what was queued."""

@@ -61,6 +61,12 @@ class Open(BaseModel):
     voice: str | None = Field(
         default=None, max_length=200, description="one of the persona's voices; its first if absent"
     )
+    follow: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="identity of a participant: the avatar says what its audio track says",
+    )
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"persona": "default", "voice": "piper"}]}
@@ -76,6 +82,16 @@ class Ticket(BaseModel):
     token: str
     identity: str
     expires: int = Field(description="Unix seconds until which the token opens the door")
+
+
+class Become(BaseModel):
+    """Which face from now on."""
+
+    persona: str = Field(max_length=64)
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"persona": "default"}]}
+    )
 
 
 class Opened(Ticket):
