@@ -92,6 +92,7 @@ SIDEWAYS = {
     ("doctor", "livekit_server"),
     ("server", "outputs"),
     ("bench", "livekit_server"),
+    ("conformance", "livekit_server"),
 }
 """The edges inside a layer that are meant; all of them together have no cycle."""
 

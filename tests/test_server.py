@@ -409,6 +409,22 @@ async def test_status_list_close(client: httpx.AsyncClient, studio: FakeStudio) 
     assert "drain" in problem(await client.delete(f"/sessions/{other}?drain=1e9"), 422)
 
 
+async def test_another_face_on_air(client: httpx.AsyncClient, studio: FakeStudio) -> None:
+    id = await opened(client)
+    names = [one["name"] for one in (await client.get("/personas")).json()]
+    answer = await client.post(f"/sessions/{id}/persona", json={"persona": names[-1]})
+    assert answer.status_code == 204
+    assert studio.sessions[id].persona.name == names[-1]
+    problem(await client.post(f"/sessions/{id}/persona", json={"persona": "nobody"}), 404)
+
+
+async def test_a_participant_can_be_followed(client: httpx.AsyncClient, studio: FakeStudio) -> None:
+    answer = await client.post("/sessions", json={"follow": "caller"})
+    assert answer.status_code == 201
+    room = studio.opened[-1].room
+    assert room is not None and len(room.guests) == 1 and room.guests[0].subscribes
+
+
 async def test_ticket_is_a_new_one(client: httpx.AsyncClient) -> None:
     first = (await client.post("/sessions", json={})).json()
     again = (await client.post(f"/sessions/{first['id']}/ticket")).json()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -944,6 +945,65 @@ def _bench(name: str, settings: Settings, as_json: bool, **options: Any) -> int:
     for key, value in found.items():
         shown = f"{value:.3f}" if isinstance(value, float) else str(value)
         table.add_row(escape(key.replace("_", " ")), escape(shown))
+    _out.print(table)
+    return 0
+
+
+@cli.command()
+@click.option(
+    "--avatar",
+    "avatars",
+    multiple=True,
+    help="voipavatar, livekit (its AvatarRunner), or an identity in --room. Both by default.",
+)
+@click.option("--room", default="", help="Where that identity is; at LIVEKIT_URL.")
+@click.option("--interruptions", type=click.IntRange(1, 1000), default=30, show_default=True)
+@click.option("--seconds", type=click.FloatRange(2, 600), default=20.0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def conformance(
+    settings: Settings,
+    avatars: tuple[str, ...],
+    room: str,
+    interruptions: int,
+    seconds: float,
+    as_json: bool,
+) -> int:
+    """Try the playback contract on LiveKit avatars, and print what each of them did."""
+    from .conformance import run
+
+    names = avatars or ("voipavatar", "livekit")
+
+    def told(tell: Callable[[str], None], name: str, what: str) -> None:
+        tell(f"{name}: {what}")
+
+    async def trying() -> list[dict[str, Any]]:
+        with _steps() as tell:
+            return [
+                await run(
+                    settings,
+                    name,
+                    room=room if name not in ("voipavatar", "livekit") else "",
+                    interruptions=interruptions,
+                    seconds=seconds,
+                    tell=partial(told, tell, name),
+                )
+                for name in names
+            ]
+
+    found = _run(trying())
+    if found is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(found)
+        return 0
+    table = Table(box=None, pad_edge=False)
+    table.add_column("milliseconds, medians")
+    for one in found:
+        table.add_column(escape(str(one["avatar"])))
+    for key in dict.fromkeys(key for one in found for key in one if key != "avatar"):
+        cells = (str(one.get(key, "")) for one in found)
+        table.add_row(escape(key.replace("_", " ")), *map(escape, cells))
     _out.print(table)
     return 0
 
