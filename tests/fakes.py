@@ -262,6 +262,7 @@ class FakeStudio:
     def __init__(self, word: float = 0.02, capacity: int = 100) -> None:
         self.sessions: dict[str, FakeSession] = {}
         self.opened: list[FakeSession] = []
+        self.on_open: list[Any] = []
         self.word = word
         self.capacity = capacity
 

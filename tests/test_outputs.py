@@ -217,3 +217,33 @@ async def test_a_test_push_finds_what_is_wrong(ingest: Ingest) -> None:
         assert (step, ok) == ("publish", False) and "doesn't answer" in text
     step, ok, _ = await last(f"srt://127.0.0.1:9?streamid={KEY}")
     assert (step, ok) == ("address", False)
+
+
+@pytest.mark.server
+async def test_a_personas_own_outputs_begin_with_its_session(
+    ingest: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAM_KEY", KEY)
+    own = {"urls": [ingest.url("${STREAM_KEY}")], "preset": "low-latency", "height": 180}
+    broken = {"urls": ["rtmp://127.0.0.1/live/x"], "shape": "round"}
+    async with Studio(settings(tmp_path)) as studio:
+        desk = OutputDesk(studio)
+        session = await studio.open(PERSONA.model_copy(update={"outputs": (own,)}), id="own")
+        outputs = desk.of("own")
+        assert outputs is not None
+        for _ in range(200):
+            status = await outputs.status()
+            if status and status[0]["state"] == "live":
+                break
+            await asyncio.sleep(0.05)
+        assert status[0]["state"] == "live" and KEY not in json.dumps(status)
+        events = session.events()
+        bad = await studio.open(PERSONA.model_copy(update={"outputs": (broken,)}), id="bad")
+        told: list[Event] = []
+        async for event in bad.events():
+            told.append(event)
+            if event["type"] == "error":
+                break
+        assert "outputs.0.shape" in told[-1]["error"] and "live/x" not in told[-1]["error"]
+        await events.aclose()
+        await desk.aclose()

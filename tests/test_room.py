@@ -129,7 +129,7 @@ async def test_says_shows_and_reports(livekit: LiveKitServer, studio: Studio) ->
         await asyncio.sleep(0.7)
         [first, *_] = seen.flashes()
         assert first[0] - begin - 0.16 <= 0.5
-        assert len(seen.flashes()) == 5 and len(seen.loud_spans()) == 5
+        assert len(seen.flashes()) == 5 and len(seen.loud_spans(gap=0.1)) == 5
     assert session.state == "idle"
 
 

@@ -727,10 +727,11 @@ def _probe(rtmp: str, as_json: bool) -> int:
 @cli.command()
 @click.option("--persona", default="default", show_default=True)
 @click.option(
-    "--to", "targets", multiple=True, required=True, metavar="URL",
+    "--to", "targets", multiple=True, metavar="URL",
     help="rtmp(s)://HOST/APP/KEY, srt://..., youtube://KEY, twitch://KEY; @FILE, - or ${NAME} "
     "keep keys out of sight. Repeatable: one encode feeds all.",
 )  # fmt: skip
+@click.option("--queue", metavar="URL", help="Speak from a RabbitMQ queue: amqp://HOST/VHOST.")
 @click.option("--preset", default="youtube", show_default=True, help="youtube, twitch, low-latency")
 @click.option("--shape", type=click.Choice(["16:9", "9:16", "1:1"]), help="Canvas; as the avatar's")
 @click.option("--height", default=720, show_default=True, help="Short side of the canvas.")
@@ -741,20 +742,44 @@ def _probe(rtmp: str, as_json: bool) -> int:
 @click.option("--persist", is_flag=True, help="Go on even when the very first attempt fails.")
 @click.option("--rotate-hours", type=float, help="Begin a new broadcast after so many hours.")
 @click.pass_obj
-def stream(settings: Settings, /, persona: str, targets: tuple[str, ...], **look: Any) -> int:
-    """Put an avatar on air, directly, until Ctrl-C; it idles until something speaks."""
-    from .outputs import OutputWish, read_urls, stream
-    from .session import Studio
+def stream(
+    settings: Settings, /, persona: str, targets: tuple[str, ...], queue: str | None, **look: Any
+) -> int:
+    """Put an avatar on air, directly, until Ctrl-C; it idles until something speaks.
 
-    fps = look.pop("fps")
-    wish = OutputWish.model_validate(
-        {"urls": read_urls(targets), "fps": int(fps) if fps else None, **look}
-    )
+    Without --to, to the persona's own `outputs:` (the first entry's addresses and look). With
+    --queue, it speaks what comes to the queue (VOIPAVATAR_QUEUE, or the persona's `queue:`).
+    """
+    from .feed import feeding
+    from .outputs import OutputWish, persona_wishes, read_urls, stream
+    from .session import Session, Studio
+
+    who = load_persona(persona, settings)
+    if targets:
+        fps = look.pop("fps")
+        wish = OutputWish.model_validate(
+            {"urls": read_urls(targets), "fps": int(fps) if fps else None, **look}
+        )
+    elif wishes := persona_wishes(who):
+        wish = wishes[0]
+    else:
+        raise click.UsageError(
+            "Say where to: --to rtmp://HOST/APP/KEY, or `outputs:` in the persona."
+        )
+    if queue is not None:
+        settings = dataclasses.replace(settings, amqp_url=queue)
 
     async def streaming() -> None:
-        async with Studio(settings) as studio:
+        async with contextlib.AsyncExitStack() as stack:
+            studio = await stack.enter_async_context(Studio(settings))
+            on_session: Callable[[Session], None] = lambda session: None  # noqa: E731
+            if queue is not None:
+                place = await stack.enter_async_context(
+                    feeding(studio, who, settings, who.queue or settings.queue)
+                )
+                on_session = place.adopt
             await stream(
-                studio, load_persona(persona, settings), wish, stop=asyncio.Event(),
+                studio, who, wish, stop=asyncio.Event(), on_session=on_session,
                 on_event=lambda event: _out.print(
                     escape(" ".join(f"{key}={value}" for key, value in event.items()))
                 ),

@@ -217,6 +217,11 @@ class Persona(_Strict):
         max_length=200,
         description="a RabbitMQ queue that `voipavatar serve` lets this persona speak from",
     )
+    outputs: tuple[dict[str, Any], ...] = Field(
+        default=(),
+        description="where it broadcasts to from the start: what POST /sessions/{id}/outputs "
+        "takes; ${NAME} is taken from the environment, so that no key stands here",
+    )
     path: Path | None = Field(default=None, exclude=True, description="set by the loader")
 
     @field_validator("fps")

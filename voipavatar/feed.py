@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from .config import Persona, Settings, list_personas, load_persona
@@ -151,6 +151,19 @@ class Place:
             except VoipAvatarError as error:
                 logger.error("it can't be opened again", extra={"error": str(error)})
                 pause = min(pause * 2, most)
+
+
+@contextlib.asynccontextmanager
+async def feeding(
+    studio: Studio, persona: Persona, settings: Settings, queue: str
+) -> AsyncIterator[Place]:
+    """One queue for sessions that somebody else keeps on air: tell it each by `Place.adopt`."""
+    async with contextlib.AsyncExitStack() as undo:
+        ledger = ledger_for(settings)
+        undo.push_async_callback(ledger.aclose)
+        place = Place(studio, persona, "stream")
+        await undo.enter_async_context(QueueFeed(options_for(settings, queue), ledger, place))
+        yield place
 
 
 class Feeds:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastapi import APIRouter, HTTPException, Request
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from .broadcast import AvSink
 from .config import Persona, Settings, resolve
@@ -321,13 +321,34 @@ def _shortened(text: str, most: int = 90) -> str:
 # --- all sessions, and HTTP -----------------------------------------------------------------------
 
 
+def persona_wishes(persona: Persona) -> list[OutputWish]:
+    """A persona's own `outputs:`, keys taken from the environment. ConfigError naming the entry."""
+    wishes = []
+    for number, entry in enumerate(persona.outputs):
+        try:
+            wishes.append(OutputWish.model_validate(resolve(entry)))
+        except ValidationError as error:
+            [first, *_] = error.errors(include_input=False)  # the input may hold a key
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"persona {persona.name}: outputs.{number}.{where}: {first['msg']}"
+            ) from None
+    return wishes
+
+
 class OutputDesk:
-    """The outputs of a studio's sessions; each ends with its session."""
+    """The outputs of a studio's sessions; each ends with its session.
+
+    A session whose persona names `outputs:` broadcasts there as soon as it is on air; what is
+    wrong with one is told by the session's "error" event, and the session goes on.
+    """
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._outputs: dict[str, Outputs] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._starting: set[asyncio.Task[None]] = set()
+        studio.on_open.append(self._opened)
 
     def of(self, id: str) -> Outputs | None:
         """A session's outputs; None when there is no such session."""
@@ -346,12 +367,33 @@ class OutputDesk:
 
     async def aclose(self) -> None:
         """End all outputs. Idempotent."""
+        if self._opened in self._studio.on_open:
+            self._studio.on_open.remove(self._opened)
+        for task in self._starting:
+            task.cancel()
+        await asyncio.gather(*self._starting, return_exceptions=True)
         for watcher in self._watchers.values():
             watcher.cancel()
         await asyncio.gather(*self._watchers.values(), return_exceptions=True)
         self._watchers.clear()
         outputs, self._outputs = self._outputs, {}
         await asyncio.gather(*(one.aclose() for one in outputs.values()))
+
+    def _opened(self, session: Session) -> None:
+        if session.persona.outputs:
+            task = asyncio.create_task(self._start(session), name="persona-outputs")
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+
+    async def _start(self, session: Session) -> None:
+        outputs = self.of(session.id)
+        try:
+            for wish in persona_wishes(session.persona):
+                if outputs is not None:
+                    await outputs.add(wish, files=True)
+        except VoipAvatarError as error:
+            logger.error("a persona's outputs can't be begun", extra={"reason": str(error)})
+            session.emit("error", error=str(error))
 
     async def _until_closed(self, session: Session) -> None:
         await session.closed.wait()

@@ -27,7 +27,7 @@ from .media import FRAME_RATE, Frame, Int16, UInt8
 
 logger = logging.getLogger(__name__)
 
-CUSHION = 0.02
+CUSHION = 0.03
 """Seconds of sound kept in the native queue: what a late tick may cost without being heard."""
 LONGEST = 0.5
 """Seconds of sound that may wait before the oldest is dropped."""

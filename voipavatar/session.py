@@ -542,6 +542,8 @@ class Studio:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings.from_env()
         self.sessions: dict[str, Session] = {}
+        self.on_open: list[Callable[[Session], None]] = []
+        """Called with every session that went on air; must return at once."""
         self._renderers: dict[str, Renderer] = {}
         self._voices: dict[str, asyncio.Task[tts.TTS[Any]]] = {}
         self._rented: dict[str, Renderer] = {}
@@ -590,6 +592,8 @@ class Studio:
         self._rented[name] = renderer
         self.sessions[name] = session
         session.start()
+        for tell in self.on_open:
+            tell(session)
         return session
 
     async def _compose(
