@@ -19,7 +19,7 @@ import aio_pika
 import numpy as np
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractRobustConnection
 
-from voipavatar.config import Persona, Settings, VoiceChoice
+from voipavatar.config import Persona, Settings
 from voipavatar.engines import Spec
 from voipavatar.feed import Place
 from voipavatar.ledger import Ledger, SqliteLedger
@@ -29,8 +29,8 @@ from voipavatar.rabbitmq import QueueFeed, QueueOptions
 from voipavatar.session import Session, Studio
 from voipavatar.stage import Options
 
-CLAPPER = Persona(
-    name="clapper", engine="clapper", width=128, height=128, voice=(VoiceChoice(use="espeak"),)
+CLAPPER = Persona.model_validate(
+    {"name": "clapper", "engine": "clapper", "width": 128, "height": 128, "voice": "espeak"}
 )
 ENDS = OUTCOMES - {"duplicate"}
 
@@ -132,7 +132,7 @@ async def working(
             session = await studio.open(
                 CLAPPER, id=options.queue, sinks=[sink], clock=clock(), options=stage
             )
-            place._session = session
+            place.adopt(session)
         else:
             await place.open()
         undo.push_async_callback(place.aclose)

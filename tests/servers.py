@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -67,6 +68,19 @@ def kept() -> set[int]:
     return {number for pid in _kept if (number := pid()) is not None}
 
 
+def _listens(port: int, timeout: float) -> None:
+    """Wait until something takes connections at a port of loopback."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1.0).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
 class Ports:
     """Free ports of one test: no two calls give the same."""
 
@@ -79,6 +93,12 @@ class Ports:
             pass
         self._given.add(port)
         return port
+
+
+def redis() -> Path | None:
+    """The program of a Redis server, if it is installed."""
+    found = shutil.which("redis-server", path=f"{os.environ['PATH']}:/usr/sbin")
+    return Path(found) if found else None
 
 
 # --- RabbitMQ -------------------------------------------------------------------------------------
@@ -153,6 +173,7 @@ class RabbitMQ:
             if self._epmd is None:
                 # Ours and in the foreground: one that the node starts by itself outlives it.
                 self._epmd = subprocess.Popen(["epmd"], env=env, stdout=log, stderr=log)
+                _listens(self._epmd_port, 10.0)
             return subprocess.Popen(
                 [str(script)], env=env, stdout=log, stderr=log, start_new_session=True
             )

@@ -122,8 +122,7 @@ def test_the_broker_is_named_by_one_address_or_by_the_common_variables() -> None
 
 
 def test_a_voice_is_chosen_among_the_personas_own() -> None:
-    voices = ["piper", {"use": "edge"}, {"use": "edge", "options": {}}]
-    persona = Persona.model_validate({"name": "p", "voice": voices})
+    persona = Persona.model_validate({"name": "p", "voice": ["piper", {"use": "edge"}, "edge"]})
     assert [one.use for one in persona.voices("edge#2")] == ["edge", "piper", "edge"]
     assert persona.voices(None) == persona.voice
     with pytest.raises(InputError, match="it has: piper, edge, edge#2"):

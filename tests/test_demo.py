@@ -159,14 +159,17 @@ async def test_a_line_typed_into_the_page_is_spoken_by_the_face(page: Page) -> N
     grey = np.array([one["grey"] for one in seen])
     # Openness, not mere motion: the head moves a little at rest too.
     dark = np.sort(grey, axis=1)[:, : grey.shape[1] // 12].mean(axis=1)
-    loud = np.convolve(level > 0.02, np.ones(7), "same") > 0
+    # The meter and the picture have clocks of their own: what is near an edge counts for neither.
+    sound = level > 0.02
+    loud = np.convolve(sound, np.ones(5), "same") > 0
+    silent = np.convolve(sound, np.ones(31), "same") == 0
     assert loud.sum() > 40, "the page made no sound"
-    assert (~loud).sum() > 40
+    assert silent.sum() > 40
     motion = np.abs(np.diff(dark))
-    talking, still = motion[loud[1:]].mean(), motion[~loud[1:]].mean()
+    talking, still = motion[loud[1:]].mean(), motion[silent[1:]].mean()
     print(f"the mouth moves {talking:.2f} while loud, {still:.2f} while silent")
     assert talking > 3 * still
-    assert dark[loud].std() > 3 * dark[~loud].std()
+    assert dark[loud].std() > 3 * dark[silent].std()
 
 
 async def test_stop_stops_it(page: Page) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -293,3 +296,50 @@ def test_a_portrait_without_landmarks_is_prepared(models: FaceModels, tmp_path: 
     assert np.linalg.norm(found - told.outer_lips, axis=1).mean() < 0.035 * told.unit
     assert len(engine.render(engine.open(avatar).idle(1))) == 1
     engine.close()
+
+
+def run(*args: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """Run `voipavatar ARGS` to its end, with a cache of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "voipavatar", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "VOIPAVATAR_CACHE": str(cache), "PIP_NO_INDEX": "1"},
+        cwd=portraits.PERSONAS.parent,
+    )
+
+
+def test_the_command_prepares_and_draws_a_sheet(tmp_path: Path) -> None:
+    marks = faces.save_face(tmp_path / "anna.png", width=640, height=360)
+    persona = {"portrait": "anna.png", "landmarks": marks, "width": 640, "height": 360}
+    (tmp_path / "anna.yaml").write_text(json.dumps(persona))
+    sheet = tmp_path / "sheet.png"
+    done = run(
+        *("prepare", "--persona", str(tmp_path / "anna.yaml"), "--sheet", str(sheet), "--json"),
+        cache=tmp_path / "cache",
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["persona"] == "anna" and told["advice"] == []
+    assert (Path(told["path"]) / "manifest.json").is_file()
+    assert cv2.imread(str(sheet)) is not None
+
+
+def test_the_command_makes_a_persona_from_a_picture(models: FaceModels, tmp_path: Path) -> None:
+    assert cv2.imwrite(str(tmp_path / "Old Photo.png"), portraits.old_photo())
+    shutil.copytree(models.mesh.parent, tmp_path / "cache" / "face")
+    picture = str(tmp_path / "Old Photo.png")
+    done = run("personas", "new", "--from", picture, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    who = load_persona(tmp_path / "old-photo.yaml")
+    assert who.title == "Old Photo" and who.portrait == Path("Old Photo.png")
+    again = run("personas", "new", "--from", picture, cache=tmp_path / "cache")
+    assert again.returncode == 1 and "--force" in again.stderr
+
+
+def test_without_a_network_the_command_says_what_to_do(tmp_path: Path) -> None:
+    faces.save_face(tmp_path / "anna.png", width=640, height=360)
+    done = run(*("personas", "new", "--from", str(tmp_path / "anna.png")), cache=tmp_path / "cache")
+    assert done.returncode == 1
+    assert "VOIPAVATAR_FACE_MODELS" in done.stderr and "Traceback" not in done.stderr

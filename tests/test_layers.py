@@ -69,6 +69,8 @@ LAYERS = {
     "conformance": 7,
     "livekit_server": 7,
     "doctor": 7,
+    "say": 7,
+    "bench_queue": 7,
     "bench": 7,
     "facebench": 7,
     "musetalk_cli": 7,

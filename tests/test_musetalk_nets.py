@@ -391,7 +391,7 @@ def test_nothing_in_a_checkpoint_runs(tmp_path: Path) -> None:
             load_tensors(tmp_path / name)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["musetalk-v15", "musetalk-v10"])
 def test_true_size_from_official_files_is_diffusers(name: str, tmp_path: Path) -> None:
     """850 million parameters, written and read as the official file, against diffusers."""

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import os
 import random
 import signal
 import sys
@@ -96,7 +97,8 @@ async def test_receipts_tell_everything_in_order(rig: Rig, client: Client) -> No
     assert [kind for kind in copies if kind != "progress"] == [
         "accepted", "queued", "started", "finished",
     ]  # fmt: skip
-    assert rig.feed.status()["broker"] == "up" and rig.feed.status()["in_hand"] == 0
+    assert rig.feed.status()["broker"] == "up"
+    await client.until(lambda: rig.feed.status()["in_hand"] == 0)
 
 
 async def test_the_forms_of_the_first_day(rig: Rig, client: Client) -> None:
@@ -437,7 +439,7 @@ async def test_malformed_messages_end_among_the_dead_and_the_next_is_spoken(
     dead = {one.message_id: one for one in await client.dead()}
     assert set(dead) == set(bad) - set(spoken)
     assert all(one.headers["x-reason"] and one.headers["x-error"] for one in dead.values())
-    assert rig.feed.status()["in_hand"] == 0
+    await client.until(lambda: rig.feed.status()["in_hand"] == 0)
 
 
 async def test_hours_of_silence_in_few_bytes_are_refused(rig: Rig, client: Client) -> None:
@@ -467,15 +469,16 @@ async def test_hours_of_silence_in_few_bytes_are_refused(rig: Rig, client: Clien
 
 
 async def test_what_time_heals_is_tried_again(rig: Rig, client: Client) -> None:
-    session, rig.place._session = rig.place._session, None
+    session = rig.session
+    rig.place.adopt(None)
     await client.send(audio(0.3, "patient"))
     await client.until(lambda: rig.feed.counts["retried"] == 1)
-    rig.place._session = session
+    rig.place.adopt(session)
     assert await client.ended("patient") == ["finished"]
-    rig.place._session = None
+    rig.place.adopt(None)
     await client.send(audio(0.3, "hopeless"))
     assert await client.ended("hopeless") == ["failed"]
-    rig.place._session = session
+    rig.place.adopt(session)
     failed = client.ends("hopeless")[0]
     assert isinstance(failed, Failed) and failed.retryable and failed.attempt == 3
     [dead] = await client.dead()
@@ -497,17 +500,20 @@ async def test_a_poisonous_message_is_given_up(
     """Workers that die of a message: the broker counts, and then its outcome is told."""
     async with working(options, tmp_path):
         pass  # declares
-    await client.send(audio(0.2, "poison"))
-    for _ in range(options.deliveries + 1):
-        connection = await aio_pika.connect(rabbitmq.url)
+    async with await aio_pika.connect(rabbitmq.url) as connection:
         channel = await connection.channel()
         queue = await channel.get_queue(options.queue)
-        message = await queue.get(fail=False, no_ack=False)
-        if message is not None:
+        came: list[bool] = []
+
+        async def die(message: aio_pika.abc.AbstractIncomingMessage) -> None:
+            came.append(bool(message.redelivered))
             await message.nack(requeue=True)
-        await connection.close()
-        if message is None:
-            break
+
+        await queue.consume(die)
+        await client.send(audio(0.2, "poison"))
+        await client.until(lambda: len(came) > options.deliveries)
+        await asyncio.sleep(0.5)
+        assert len(came) == options.deliveries + 1
     async with working(options, tmp_path):
         await client.send(audio(0.2, "good"))
         assert await client.ended("poison", "good") == ["failed", "finished"]
@@ -811,7 +817,53 @@ async def test_hours_in_faked_time_leave_nothing_behind(
             gc.collect()
             sizes.append(process.memory_info().rss)
         assert rig.session.stage.counters.turns == count
-        assert rig.feed.status()["in_hand"] == 0 and rig.feed.status()["untold"] == 0
+        await client.until(lambda: not rig.feed.status()["in_hand"])
+        assert not rig.feed.status()["untold"]
         assert len(rig.feed._lanes) == 1 and not rig.feed._utterances
     third = len(sizes) // 3
     assert sizes[-1] - sizes[third] < 15e6, sizes
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+
+async def say(*arguments: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "voipavatar", "say", *arguments,
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, (out + err).decode()
+
+
+async def test_say_follows_a_message_to_its_end(
+    rig: Rig, client: Client, options: QueueOptions
+) -> None:
+    where = ("--amqp", options.url, "--queue", options.queue)
+    code, said = await say("Hello there.", *where, "--id", "once")
+    assert code == 0 and "started" in said and "finished" in said, said
+    assert (await say("Hello there.", *where, "--id", "once"))[0] == 5
+    code, said = await say("Hello there.", *where, "--session", "nobody", "--json")
+    assert code == 1 and '"code": "no_session"' in said
+    await client.send(audio(20, "long"))
+    await client.until(lambda: "long" in client.order())
+    assert (await say("Now.", *where, "--mode", "replace"))[0] == 0
+    assert await client.ended("long") == ["interrupted"]
+    code, said = await say("Hello.", "--amqp", options.url, "--queue", "not-there")
+    assert code == 1 and "there is no queue" in said
+    code, said = await say("Hello.", "--amqp", "amqp://127.0.0.1:1/")
+    assert code == 1 and "can't be reached" in said
+
+
+async def test_the_producer_of_the_examples(
+    rig: Rig, options: QueueOptions, rabbitmq: RabbitMQ
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "examples/producer.py", 'He said "go".',
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "VOIPAVATAR_AMQP_URL": rabbitmq.url, "RABBITMQ_QUEUE": options.queue},
+    )  # fmt: skip
+    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    kinds = [json.loads(line)["type"] for line in out.splitlines()]
+    assert process.returncode == 0 and kinds[0] == "accepted" and kinds[-1] == "finished"

@@ -455,7 +455,7 @@ async def faults(
 ) -> FaultReport:
     """Break lines, server, encoder and source `count` times, and measure what came of it.
 
-    Two targets behind a line each and one file are healthy; a third address is refused. Needs
+    Three targets behind a line each and one file are healthy; a fifth address is refused. Needs
     nginx with its RTMP module (ConfigError).
     """
     chance, report, began = random.Random(seed), FaultReport(), time.monotonic()
@@ -463,24 +463,22 @@ async def faults(
         if folder is None:
             folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="voipavatar-")))
         tape = folder / "tape.mkv"
-        async with (
-            Ingest(folder / "ingest") as ingest,
-            Gate(ingest.port) as left,
-            Gate(ingest.port) as right,
-            Studio(small_programme()) as studio,
-        ):
-            keys = {
-                "left": f"left{chance.getrandbits(40)}",
-                "right": f"right{chance.getrandbits(40)}",
+        async with contextlib.AsyncExitStack() as stack:
+            ingest = await stack.enter_async_context(Ingest(folder / "ingest"))
+            gates = {
+                name: await stack.enter_async_context(Gate(ingest.port))
+                for name in ("left", "middle", "right")
             }
-            studio.add(ingest.url(keys["left"], left.port), "left")
-            studio.add(ingest.url(keys["right"], right.port), "right")
+            studio = await stack.enter_async_context(Studio(small_programme()))
+            keys = {name: f"{name}{chance.getrandbits(40)}" for name in gates}
+            for name, gate in gates.items():
+                studio.add(ingest.url(keys[name], gate.port), name)
             studio.add(str(tape), "tape")
             studio.add(ingest.url("refused-key", app="closed"), "refused")
-            for name in ("left", "right", "tape"):
+            for name in (*gates, "tape"):
                 await studio.live(name)
             await asyncio.sleep(4.0)  # known good from here on: a target has to last a little
-            quiet = {"left": asyncio.Lock(), "right": asyncio.Lock()}
+            quiet = {name: asyncio.Lock() for name in gates}
 
             async def healed(kind: str, *names: str) -> None:
                 back = time.monotonic()
@@ -526,7 +524,9 @@ async def faults(
                 kinds = ["encoder killed", "source gone", "server restart", "encoder stuck"]
                 for turn in range(number):
                     kind = kinds[turn % len(kinds)]
-                    async with quiet["left"], quiet["right"]:
+                    async with contextlib.AsyncExitStack() as all_quiet:
+                        for lock in quiet.values():
+                            await all_quiet.enter_async_context(lock)
                         encoder = studio.broadcast.encoder
                         if kind == "encoder killed" and encoder is not None:
                             assert encoder.pid is not None
@@ -544,20 +544,23 @@ async def faults(
                             await ingest.stop()
                             await asyncio.sleep(min(longest, chance.uniform(0.1, 4.0)))
                             await ingest.start()
-                        await healed(kind, "left", "right", "tape")
+                        await healed(kind, *gates, "tape")
                     await asyncio.sleep(0.05)
 
-            others = max(1, count // 6)
-            one_side = (count - others) // 2
+            others = max(1, count // 7)
+            share, rest = divmod(count - others, len(gates))
             await asyncio.gather(
-                line_faults("left", left, one_side),
-                line_faults("right", right, count - others - one_side),
                 other_faults(others),
+                *(
+                    line_faults(name, gate, share + (place < rest))
+                    for place, (name, gate) in enumerate(gates.items())
+                ),
             )
             refused = studio.broadcast.targets["refused"]
             report.refused = f"{refused.state.value}: {refused.reason}"
             await asyncio.sleep(1.0)
-        for path in [tape, *ingest.recordings(keys["left"]), *ingest.recordings(keys["right"])]:
+        taken = [path for key in keys.values() for path in ingest.recordings(key)]
+        for path in [tape, *taken]:
             found = await asyncio.to_thread(examine, path)
             report.recordings += 1
             report.claps += len(found.offsets)

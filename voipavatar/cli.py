@@ -24,6 +24,7 @@ from rich.table import Table
 
 from .config import Persona, Settings, VoiceChoice, list_personas, load_persona, persona_schema
 from .errors import ConfigError, VoipAvatarError
+from .media import Mode
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -137,22 +138,34 @@ def demo(settings: Settings, port: int | None, no_browser: bool) -> int:
 @click.option("--host", help="Address to listen on (VOIPAVATAR_HOST; loopback by default).")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port (VOIPAVATAR_PORT; 8080).")
 @click.option("--public-url", default="", help="LiveKit's address as browsers see it.")
+@click.option("--amqp", metavar="URL", help="RabbitMQ's address (VOIPAVATAR_AMQP_URL).")
+@click.option("--queue", help="The queue the default persona speaks from (RABBITMQ_QUEUE).")
 @click.pass_obj
-def serve(settings: Settings, host: str | None, port: int | None, public_url: str) -> int:
+def serve(
+    settings: Settings,
+    host: str | None,
+    port: int | None,
+    public_url: str,
+    amqp: str | None,
+    queue: str | None,
+) -> int:
     """Serve the page and the HTTP interface (described at /docs).
 
     Uses the LiveKit server of LIVEKIT_URL, or starts one. Listening anywhere but on loopback
-    wants VOIPAVATAR_TOKEN.
+    wants VOIPAVATAR_TOKEN. With a broker, the default persona and each that names a queue are on
+    air from the start and speak from it.
     """
     settings = dataclasses.replace(
         settings,
+        amqp_url=amqp or settings.amqp_url,
+        queue=queue or settings.queue,
         host=settings.host if host is None else host,
         port=settings.port if port is None else port,
     )
     logging.getLogger("voipavatar").setLevel(
         min(_level(settings.log_level), logging.getLogger("voipavatar").level)
     )
-    return _serve(settings, lambda url: None, public_url)
+    return _serve(settings, lambda url: None, public_url, fed=True)
 
 
 @cli.command()
@@ -199,13 +212,19 @@ def worker(
     return 0  # a signal is how it ends
 
 
-def _serve(settings: Settings, ready: Callable[[str], None], public_url: str = "") -> int:
+def _serve(
+    settings: Settings,
+    ready: Callable[[str], None],
+    public_url: str = "",
+    *,
+    fed: bool = False,
+) -> int:
     from .livekit_server import LiveKitServer
 
     livekit = LiveKitServer.from_settings(
         settings, host="127.0.0.1" if _is_loopback(settings.host) else _ipv4(settings.host)
     )
-    _run(_serving(settings, livekit, ready, public_url), livekit.end_now)
+    _run(_serving(settings, livekit, ready, public_url, fed), livekit.end_now)
     return 0  # Ctrl-C is how it ends
 
 
@@ -214,6 +233,7 @@ async def _serving(
     livekit: LiveKitServer,
     ready: Callable[[str], None],
     public_url: str,
+    fed: bool,
 ) -> None:
     from .server import serve as serve_http
     from .server.run import check_exposure
@@ -229,10 +249,13 @@ async def _serving(
             tell("preparing the avatar")
             studio = await stack.enter_async_context(Studio(settings))
             await _prepare(studio, settings, tell)
+            queues = await _queues(stack, studio, settings, livekit) if fed else []
 
         def on_ready(url: str) -> None:
             _out.print(f"page:    {url}")
             _out.print(f"LiveKit: {livekit.url} ({livekit.origin})")
+            for queue in queues:
+                _out.print(f"queue:   {queue}")
             _out.print("Ctrl-C ends it.")
             ready(url)
 
@@ -246,6 +269,22 @@ async def _serving(
             studio=studio,
             signals=False,
         )
+
+
+async def _queues(
+    stack: contextlib.AsyncExitStack, studio: Studio, settings: Settings, livekit: LiveKitServer
+) -> list[str]:
+    """Put on air who speaks from RabbitMQ; where no broker is named, nobody does."""
+    if not settings.amqp_url:
+        return []
+    from .feed import Feeds
+    from .room import RoomOptions
+
+    def room(name: str) -> RoomOptions:
+        return RoomOptions(livekit.url, name, livekit.api_key, livekit.api_secret)
+
+    feeds = await stack.enter_async_context(Feeds(studio, settings, room=room))
+    return [feed.options.queue for feed in feeds.feeds]
 
 
 async def _page_files(settings: Settings, tell: Callable[[str], None]) -> None:
@@ -287,6 +326,93 @@ def _open_browser(url: str) -> None:
 
     # Starting one can take seconds, and may hang: the loop and our end don't wait for it.
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+# --- say and messages -----------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("text")
+@click.option("--amqp", metavar="URL", help="By queue, at this broker (VOIPAVATAR_AMQP_URL).")
+@click.option("--http", metavar="URL", help="By HTTP, at this server.")
+@click.option("--queue", help="The queue (VOIPAVATAR_QUEUE, RABBITMQ_QUEUE).")
+@click.option("--session", help="Who speaks; else the queue's own, or the only one there is.")
+@click.option("--persona", help="A session of this persona speaks (by queue).")
+@click.option(
+    "--mode",
+    type=click.Choice(["append", "interrupt", "replace"]),
+    default="append",
+    show_default=True,
+)
+@click.option("--id", "message_id", help="The message's id: sent twice, it is spoken once.")
+@click.option("--timeout", type=click.FloatRange(1, 86_400), default=300.0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Every event as a line of JSON.")
+@click.pass_obj
+def say(
+    settings: Settings,
+    text: str,
+    amqp: str | None,
+    http: str | None,
+    queue: str | None,
+    session: str | None,
+    persona: str | None,
+    mode: Mode,
+    message_id: str | None,
+    timeout: float,
+    as_json: bool,
+) -> int:
+    """Let an avatar that is on air say TEXT (- reads it), and follow it to its end.
+
+    Exits with 0 when it was spoken, 1 failed, 3 interrupted, 4 expired, 5 duplicate, 6 no answer.
+    """
+    from .say import EXIT, NO_ANSWER, by_http, by_queue, line
+
+    if amqp is not None and http is not None:
+        raise click.UsageError("Give one of --amqp and --http.")
+    if text == "-":
+        text = sys.stdin.read(settings.max_text + 1)
+
+    async def saying() -> str:
+        with _steps() as show:
+
+            def tell(event: dict[str, Any]) -> None:
+                if as_json:
+                    print(json.dumps(event, ensure_ascii=False), flush=True)
+                elif event["type"] != "caption":
+                    show(line(event))
+
+            url = amqp or (settings.amqp_url if http is None else "")
+            if url:
+                outcome = await by_queue(
+                    settings, url, text, queue=queue or settings.queue, mode=mode,
+                    session=session, persona=persona, id=message_id, timeout=timeout, tell=tell,
+                )  # fmt: skip
+            else:
+                where = http or f"http://{settings.host}:{settings.port}"
+                outcome = await by_http(
+                    settings, where, text, mode=mode, session=session, timeout=timeout, tell=tell
+                )
+        return outcome or ""
+
+    outcome = _run(saying())
+    if outcome is None:
+        return INTERRUPTED
+    if not as_json:
+        _out.print(outcome or "no answer in time: it may still be spoken")
+    return EXIT.get(outcome, NO_ANSWER)
+
+
+@cli.group()
+def messages() -> None:
+    """What crosses the queue."""
+
+
+@messages.command("schema")
+def messages_schema() -> None:
+    """Print the JSON schema of every message and event."""
+    from .messages import schema as messages_schema
+
+    _print_json(messages_schema())
 
 
 # --- render ---------------------------------------------------------------------------------------
@@ -690,14 +816,33 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
     return _bench("sync", settings, as_json, minutes=minutes)
 
 
-@bench.command("engine")
+@bench.command(
+    "engine", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+@click.option("--engine", "name", help="musetalk: its own measurement, with options of its own.")
 @click.option("--persona", default="default", show_default=True)
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.pass_obj
-def bench_engine(settings: Settings, persona: str, seconds: float, as_json: bool) -> int:
-    """Pictures a second that a persona's engine makes here (`bench musetalk` tells more of it)."""
-    return _bench("engine", settings, as_json, persona=persona, seconds=seconds)
+@click.pass_context
+def bench_engine(
+    context: click.Context, name: str | None, persona: str, seconds: float, as_json: bool
+) -> int:
+    """Pictures a second that a persona's engine makes here.
+
+    With `--engine musetalk` it is `bench musetalk`, which has more options (--runtime, --recipe).
+    """
+    if name == "musetalk":
+        from .musetalk_cli import bench_musetalk
+
+        args = [*context.args, *(["--json"] if as_json else [])]
+        code = bench_musetalk.main(
+            args, prog_name="voipavatar bench musetalk", standalone_mode=False, obj=context.obj
+        )
+        return int(code or 0)
+    if context.args:
+        raise click.UsageError(f"No such option: {context.args[0]}")
+    chosen = name if name not in (None, "viseme") else persona
+    return _bench("engine", context.obj, as_json, persona=chosen, seconds=seconds)
 
 
 @bench.command("broadcast")
@@ -754,10 +899,37 @@ def bench_face(
     return 0
 
 
+@bench.command("queue")
+@click.option("--amqp", metavar="URL", help="The broker (VOIPAVATAR_AMQP_URL; this machine's).")
+@click.option("--persona", default="default", show_default=True)
+@click.option("--messages", type=click.IntRange(3, 10_000), default=20, show_default=True)
+@click.option("--soak", type=click.FloatRange(0, 1_440), default=0.0, help="Minutes, two a second.")
+@click.option("--hours", type=click.FloatRange(0, 48), default=0.0, help="Of speech, faked time.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def bench_queue(
+    settings: Settings,
+    amqp: str | None,
+    persona: str,
+    messages: int,
+    soak: float,
+    hours: float,
+    as_json: bool,
+) -> int:
+    """From a message at the broker to its first talking frame."""
+    url = amqp or settings.amqp_url or "amqp://guest:guest@127.0.0.1:5672/"
+    return _bench(
+        "queue", settings, as_json, url=url, persona=persona, messages=messages, soak=soak,
+        hours=hours,
+    )  # fmt: skip
+
+
 def _bench(name: str, settings: Settings, as_json: bool, **options: Any) -> int:
     from . import bench as measures
+    from . import bench_queue
 
-    measure: Callable[..., Coroutine[Any, Any, Mapping[str, Any]]] = getattr(measures, name)
+    where = bench_queue if name == "queue" else measures
+    measure: Callable[..., Coroutine[Any, Any, Mapping[str, Any]]] = getattr(where, name)
 
     async def measuring() -> Mapping[str, Any]:
         with _steps() as tell:

@@ -314,7 +314,7 @@ async def face(
 
     def work() -> None:
         mesh = FaceMesh(face_models(settings, tell))
-        engine = VisemeEngine()
+        engine = VisemeEngine(settings=settings)
         with tempfile.TemporaryDirectory(prefix="voipavatar-") as folder:
             for i, (name, persona) in enumerate(subjects(settings, portraits)):
                 if personas and name not in personas and persona.path is not None:

@@ -8,6 +8,7 @@ time; the mean is steadier than any single look. `left` and `right` are as seen 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
@@ -16,9 +17,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from .config import Settings
 from .engines.rig import shows_teeth
 from .errors import AvatarError, ConfigError
-from .facemodels import FaceModels
+from .facemodels import FaceModels, face_models
 from .media import UInt8
 
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -584,3 +586,28 @@ def anchors() -> Float64:
         centre = np.stack([(x + 0.5) / cells, (y + 0.5) / cells], -1).reshape(-1, 2)
         out.append(np.repeat(centre, each, 0))
     return np.concatenate(out)
+
+
+class FaceFinder:
+    """For engines that look through a clip: landmarks as a persona's YAML has them, and how many
+    other faces there are; None where no face is.
+
+    The networks are brought and read at the first picture; TransportError when they can't be had.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._mesh: FaceMesh | None = None
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, picture: UInt8, at: tuple[float, float] | None = None
+    ) -> tuple[dict[str, Any], int] | None:
+        with self._lock:
+            if self._mesh is None:
+                self._mesh = FaceMesh(face_models(self._settings))
+            try:
+                found = self._mesh.find(picture, at)
+            except AvatarError:
+                return None
+            return found.landmarks(), len(found.others)

@@ -121,6 +121,10 @@ class Place:
         self._session = await self._opened()
         self._task = asyncio.create_task(self._keep(), name="feed-keep")
 
+    def adopt(self, session: Session | None) -> None:
+        """Speak by a session that somebody else keeps; or by none for a while."""
+        self._session = session
+
     async def aclose(self, drain: float = 0.0) -> None:
         """Idempotent."""
         if self._task is not None:

@@ -234,6 +234,7 @@ class Wire:
         self._exchanges: dict[str, AbstractExchange] = {}
         self._consumers: list[tuple[AbstractQueue, str]] = []
         self._doubt = asyncio.Event()
+        self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -253,7 +254,7 @@ class Wire:
         pause = low
         while True:
             try:
-                await self._build()
+                await asyncio.wait_for(self._build(), 4 * self.options.timeout)
                 pause = low
                 self.trouble = None
                 self.up.set()
@@ -278,7 +279,6 @@ class Wire:
 
     async def _build(self) -> None:
         import aio_pika
-        from aiormq.exceptions import ChannelPreconditionFailed
 
         options = self.options
         self._doubt = asyncio.Event()
@@ -324,21 +324,15 @@ class Wire:
         }
         self.shared = True
         for one in (options.queue, options.control):
-            try:
-                queue = await self._queue(one, work)
-            except ChannelPreconditionFailed:
+            if not await self._declared(connection, one, work):
                 # Somebody made it before, in their own way: that must not keep us from it.
                 logger.warning(
                     "the queue was declared otherwise: it is used as it is", extra={"queue": one}
                 )
                 self.shared = False
-                self._consuming = await self._channel(connection)
-                await self._consuming.set_qos(prefetch_count=options.prefetch)
-                queue = await self._consuming.declare_queue(
-                    one, passive=True, timeout=options.timeout
-                )
+            queue = await self._consuming.declare_queue(one, passive=True, timeout=options.timeout)
             await queue.bind(inbox, one, timeout=options.timeout)
-        for one in (options.control, options.queue, options.lapsed):
+        for one in () if self._stopping else (options.control, options.queue, options.lapsed):
             await self._consume(one, self.generation)
 
     async def _channel(
@@ -346,7 +340,8 @@ class Wire:
     ) -> AbstractChannel:
         # A message that no queue wants comes back as an error, where it is mandatory.
         channel = connection.channel(publisher_confirms=True, on_return_raises=True)
-        await channel.initialize(timeout=self.options.timeout)
+        # Its own time limit doesn't hold for all of it.
+        await asyncio.wait_for(channel.initialize(), self.options.timeout)
         doubt = self._doubt
         if vital:
             channel.close_callbacks.add(lambda *_: doubt.set())
@@ -368,6 +363,25 @@ class Wire:
             arguments={"x-queue-type": "quorum", **arguments},
             timeout=self.options.timeout,
         )
+
+    async def _declared(
+        self, connection: AbstractConnection, name: str, arguments: dict[str, Any]
+    ) -> bool:
+        """False if it is there with other arguments: that costs the channel, so it has its own."""
+        from aiormq.exceptions import ChannelPreconditionFailed
+
+        channel = await self._channel(connection, vital=False)
+        try:
+            await channel.declare_queue(
+                name,
+                durable=True,
+                arguments={"x-queue-type": "quorum", **arguments},
+                timeout=self.options.timeout,
+            )
+        except ChannelPreconditionFailed:
+            return False
+        await asyncio.wait_for(channel.close(), self.options.timeout)
+        return True
 
     async def _consume(self, name: str, generation: int) -> None:
         assert self._consuming is not None
@@ -398,7 +412,7 @@ class Wire:
                 queue = await asyncio.wait_for(
                     probe.declare_queue(name, passive=True), self.options.timeout
                 )
-                if not queue.declaration_result.consumer_count:
+                if not queue.declaration_result.consumer_count and not self._stopping:
                     raise TransportError("the broker has no consumer of the queue any more")
 
     async def ready(self, name: str) -> int:
@@ -466,6 +480,7 @@ class Wire:
 
     async def stop_consuming(self) -> None:
         """Take nothing more; what came can still be acknowledged."""
+        self._stopping = True
         consumers, self._consumers = self._consumers, []
         for queue, tag in consumers:
             with contextlib.suppress(Exception):

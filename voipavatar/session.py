@@ -56,7 +56,7 @@ EVENTS = 256
 def _viseme(settings: Settings) -> Engine:
     from .engines.viseme import VisemeEngine
 
-    return VisemeEngine()
+    return VisemeEngine(settings=settings)
 
 
 def _clapper(settings: Settings) -> Engine:
@@ -67,8 +67,9 @@ def _clapper(settings: Settings) -> Engine:
 
 def _musetalk(settings: Settings) -> Engine:
     from .engines.musetalk import MuseTalk
+    from .facemesh import FaceFinder
 
-    return MuseTalk(settings)
+    return MuseTalk(settings, finder=FaceFinder(settings))
 
 
 ENGINES: dict[str, Callable[[Settings], Engine]] = {

@@ -865,13 +865,33 @@ class Finder(Protocol):
         persona's YAML holds them, and how many other faces there are. None when there is none."""
 
 
+def mesh_finder(settings: Settings) -> Finder:
+    """MediaPipe's networks, as the rest of the package has them. TransportError if they can't be
+    had; it says how to bring them by hand."""
+    from ..facemesh import FaceMesh
+    from ..facemodels import face_models
+
+    mesh = FaceMesh(face_models(settings))
+
+    def find(
+        picture: UInt8, at: tuple[float, float] | None
+    ) -> tuple[Mapping[str, Any], int] | None:
+        try:
+            found = mesh.find(picture, at)
+        except AvatarError:
+            return None
+        return found.landmarks(), len(found.others)
+
+    return find
+
+
 class MuseTalk:
     """Makes avatars and draws them. Networks are loaded when the first persona asks for them."""
 
     def __init__(
         self, settings: Settings, device: str | None = None, finder: Finder | None = None
     ) -> None:
-        """`finder` serves `landmarker: mesh`, the way without DWPose's weights."""
+        """`finder` serves `landmarker: mesh`; `mesh_finder`'s unless given."""
         self._settings = settings
         self._finder = finder
         self._device = device or default_device()
@@ -1021,12 +1041,8 @@ class MuseTalk:
                 raise ConfigError("landmarker: given, but the persona has no landmarks")
             return Given(clip.fit.points(from_yaml(options.landmarks))), how
         if how == "mesh":
-            if self._finder is None:
-                raise ConfigError(
-                    "nothing here finds a face by itself: write landmarks into the persona, or run "
-                    f"`voipavatar models pull {recipe.name}` for DWPose"
-                )
-            return Mesh(partial(self._finder, at=options.face_at)), how
+            finder = self._finder or mesh_finder(self._settings)
+            return Mesh(partial(finder, at=options.face_at)), how
         if dwpose is None or not there:
             raise ConfigError(
                 "DWPose's weights are not in the models folder: run `voipavatar models pull "

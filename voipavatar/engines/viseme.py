@@ -40,7 +40,7 @@ from .rig import HEAD, Landmarks, Rig, build, parse_landmarks, smoothstep
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 
 PARAMETERS = 8
 """Mouth parameters of a pose: `articulation.PARAMETERS`."""
@@ -226,40 +226,6 @@ def fit(picture: UInt8, marks: Landmarks, width: int, height: int) -> tuple[UInt
     return cast(UInt8, crop), marks.moved(scale, (-x0, -y0))
 
 
-_finder: FaceMesh | None = None
-_finding = threading.Lock()
-
-
-def find_face(
-    picture: UInt8, options: Options, tell: Callable[[str], None]
-) -> tuple[Landmarks, list[str]]:
-    """The face of a portrait (BGR), and what a person should know about it.
-
-    AvatarError when there is none; TransportError when the networks that find it can't be had.
-    """
-    global _finder
-    with _finding:
-        if _finder is None:
-            _finder = FaceMesh(face_models(Settings.from_env(), tell))
-        found = _finder.find(picture, options.face_at)
-    rows, columns = picture.shape[:2]
-    advice = found.advice(max(options.width / columns, options.height / rows))
-    if advice:
-        log.warning("a portrait has weaknesses", extra={"advice": len(advice)})
-    marks = found.landmarks()
-    # A face cut off by the picture's edge still moves within it.
-    limit = np.array([columns - 2.0, rows - 2.0])
-    for name in ("jaw", "forehead"):
-        marks[name] = np.clip(np.asarray(marks[name]), 1.0, limit).tolist()
-    try:
-        return parse_landmarks(marks), advice
-    except ConfigError as error:
-        raise AvatarError(
-            "the face in the portrait can't be used as it lies there: use one that is upright and "
-            f"looks at the viewer ({error})"
-        ) from error
-
-
 def _points_of(marks: Landmarks) -> dict[str, list[list[float]]]:
     """What a sheet shows, in pixels of the portrait."""
     lines = {
@@ -383,7 +349,7 @@ GESTURES: dict[str, float] = {
 }
 """What a cue of kind "gesture" can ask for, and how long it takes in seconds."""
 
-_NOD, _SHAKE, _TILT = 0.050, 0.055, 0.040  # radians
+_NOD, _SHAKE, _TILT = 0.075, 0.065, 0.045  # radians
 _SMILE = 0.75
 
 
@@ -411,7 +377,7 @@ def gestured(running: Sequence[tuple[int, str]], clock: int, fps: int, motion: f
         if name == "nod":
             # Down twice, the second time less.
             share = 1.0 if t < 0.5 else 0.6
-            out.head[HEAD.index("pitch")] -= motion * _NOD * share * math.sin(2 * math.pi * t) ** 2
+            out.head[HEAD.index("pitch")] += motion * _NOD * share * math.sin(2 * math.pi * t) ** 2
         elif name == "shake":
             out.head[HEAD.index("yaw")] += motion * _SHAKE * math.sin(4 * math.pi * t) * swell
         elif name == "tilt":
@@ -593,13 +559,21 @@ class VisemeSession:
 class VisemeEngine:
     """See `voipavatar.engines.Engine`."""
 
-    def __init__(self, articulator: Callable[[int], Articulates] = _articulator) -> None:
-        """`articulator` makes, for an fps, what turns speech into mouth parameters."""
+    def __init__(
+        self,
+        articulator: Callable[[int], Articulates] = _articulator,
+        settings: Settings | None = None,
+    ) -> None:
+        """`articulator` makes, for an fps, what turns speech into mouth parameters; `settings`
+        (otherwise the environment) say where the networks are kept that find a face."""
+        self._settings = settings
         cv2.setNumThreads(1)
         self._make = articulator
         self._closed = False
         self._lock = threading.Lock()
         self._puppets: weakref.WeakValueDictionary[str, Puppet] = weakref.WeakValueDictionary()
+        self._finder: FaceMesh | None = None
+        self._finding = threading.Lock()
 
     @property
     def info(self) -> EngineInfo:
@@ -636,7 +610,7 @@ class VisemeEngine:
         given = marks is not None
         if marks is None:
             progress("finding the face", 0.15)
-            marks, advice = find_face(picture, parsed, lambda what: progress(what, 0.15))
+            marks, advice = self._find(picture, parsed, lambda what: progress(what, 0.15))
         told = _points_of(marks)
         picture, marks = fit(picture, marks, parsed.width, parsed.height)
         progress("finding how the face moves", 0.3)
@@ -645,6 +619,32 @@ class VisemeEngine:
         _save(target, rig, key, parsed, {"advice": advice, "given": given, "landmarks": told})
         progress("ready", 1.0)
         return avatar
+
+    def _find(
+        self, picture: UInt8, options: Options, tell: Callable[[str], None]
+    ) -> tuple[Landmarks, list[str]]:
+        """The face of a portrait (BGR), and what a person should know about it."""
+        with self._finding:
+            if self._finder is None:
+                settings = self._settings or Settings.from_env()
+                self._finder = FaceMesh(face_models(settings, tell))
+            found = self._finder.find(picture, options.face_at)
+        rows, columns = picture.shape[:2]
+        advice = found.advice(max(options.width / columns, options.height / rows))
+        if advice:
+            log.info("a portrait has weaknesses", extra={"count": len(advice)})
+        marks = found.landmarks()
+        # A face cut off by the picture's edge still moves within it.
+        limit = np.array([columns - 2.0, rows - 2.0])
+        for name in ("jaw", "forehead"):
+            marks[name] = np.clip(np.asarray(marks[name]), 1.0, limit).tolist()
+        try:
+            return parse_landmarks(marks), advice
+        except ConfigError as error:
+            raise AvatarError(
+                "the face in the portrait can't be used as it lies there: use one that is upright "
+                f"and looks at the viewer ({error})"
+            ) from error
 
     def open(self, avatar: Avatar) -> VisemeSession:
         if self._closed:

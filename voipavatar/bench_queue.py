@@ -1,0 +1,279 @@
+"""`voipavatar bench queue`: from a message at the broker to its first talking frame; and endurance.
+
+Needs a broker. Its queues are of their own name and are deleted at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import time
+import uuid
+import wave
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from .config import Persona, Settings, load_persona
+from .engines import Spec
+from .errors import TransportError
+from .feed import Place
+from .ledger import SqliteLedger
+from .media import Frame, ManualClock
+from .messages import OUTCOMES
+from .rabbitmq import QueueFeed, QueueOptions
+from .session import Studio
+from .stage import Options
+from .version import __version__
+
+Tell = Callable[[str], None]
+
+SENTENCES = (
+    "Hello, how can I help you today?",
+    "Your parcel will be there tomorrow before noon.",
+    "That is a good question.",
+    "Please hold the line, I am looking it up.",
+    "The next train leaves at a quarter past nine.",
+)
+
+
+def _quiet(what: str) -> None:
+    """Progress that nobody watches."""
+
+
+class _Mouth:
+    """A sink that notes when each turn's first frame with sound goes out."""
+
+    latency = 0.0
+
+    def __init__(self, spec: Spec) -> None:
+        self.first: dict[int, float] = {}
+        self.new = asyncio.Event()
+
+    def put(self, frame: Frame) -> None:
+        if frame.turn is not None and frame.turn not in self.first and frame.audio.any():
+            self.first[frame.turn] = time.perf_counter()
+            while len(self.first) > 100:
+                del self.first[next(iter(self.first))]
+            self.new.set()
+
+    def clear(self) -> float:
+        return 0.0
+
+    async def aclose(self) -> None: ...
+
+
+async def queue(
+    settings: Settings,
+    *,
+    url: str,
+    persona: str = "default",
+    messages: int = 20,
+    soak: float = 0.0,
+    hours: float = 0.0,
+    tell: Tell = _quiet,
+) -> Mapping[str, Any]:
+    """Milliseconds from publishing a text to its first talking frame, one at a time, voice warm.
+
+    With `soak`, two sounds a second in real time for so many minutes; with `hours`, so many hours
+    of a message a second on a clock that doesn't wait: memory, backlog and refusals.
+    Raises TransportError when there is no broker at `url`.
+    """
+    found: dict[str, Any] = {"voipavatar": __version__, "persona": persona}
+    with TemporaryDirectory(prefix="voipavatar-bench-") as folder:
+        found |= await _latency(settings, url, persona, messages, Path(folder), tell)
+        if soak:
+            found |= await _endure(settings, url, Path(folder), soak * 60, 0.0, tell)
+        if hours:
+            found |= await _endure(settings, url, Path(folder), 0.0, hours * 3600, tell)
+    return found
+
+
+class _Bench:
+    """A worker, and a channel to send to it and to hear from it."""
+
+    def __init__(self, url: str, options: QueueOptions) -> None:
+        self.options = options
+        self.ends: dict[str, str] = {}
+        self.new = asyncio.Event()
+        self._url = url
+        self._undo = contextlib.AsyncExitStack()
+        self._channel: Any = None
+
+    async def __aenter__(self) -> _Bench:
+        import aio_pika
+
+        try:
+            connection = await aio_pika.connect(self._url, timeout=5)
+        except Exception as error:  # of three libraries
+            raise TransportError(
+                f"no broker can be reached ({type(error).__name__}): start one, say where with "
+                "--amqp"
+            ) from None
+        await self._undo.enter_async_context(connection)
+        self._channel = await connection.channel(on_return_raises=True)
+        exchange = await self._channel.declare_exchange(
+            self.options.events, aio_pika.ExchangeType.TOPIC, durable=True
+        )
+        ear = await self._channel.declare_queue(exclusive=True)
+        await ear.bind(exchange, f"session.{self.options.queue}.*")
+        await ear.consume(self._heard, no_ack=True)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for name in self.options.own_names:
+            with contextlib.suppress(Exception):
+                await self._channel.queue_delete(name)
+        await self._undo.aclose()
+
+    async def _heard(self, message: Any) -> None:
+        if message.type in OUTCOMES:
+            self.ends[json.loads(message.body)["message_id"]] = message.type
+            self.new.set()
+
+    async def send(self, body: dict[str, Any]) -> None:
+        import aio_pika
+
+        await self._channel.default_exchange.publish(
+            aio_pika.Message(json.dumps(body).encode(), delivery_mode=2),
+            self.options.queue, timeout=10,
+        )  # fmt: skip
+
+
+def _named(url: str, **more: Any) -> QueueOptions:
+    return QueueOptions(url=url, queue=f"bench-{uuid.uuid4().hex[:8]}", **more)
+
+
+async def _latency(
+    settings: Settings, url: str, persona: str, count: int, folder: Path, tell: Tell
+) -> dict[str, Any]:
+    options = _named(url)
+    mouths: list[_Mouth] = []
+
+    def sink(spec: Spec) -> _Mouth:
+        mouths.append(_Mouth(spec))
+        return mouths[0]
+
+    async with contextlib.AsyncExitStack() as undo:
+        bench = await undo.enter_async_context(_Bench(url, options))
+        studio = await undo.enter_async_context(Studio(settings))
+        ledger = SqliteLedger(folder / "latency.sqlite")
+        undo.push_async_callback(ledger.aclose)
+        place = Place(studio, load_persona(persona, settings), options.queue, sinks=[sink])
+        tell("preparing")
+        await place.open()
+        undo.push_async_callback(place.aclose)
+        feed = await undo.enter_async_context(QueueFeed(options, ledger, place))
+        await asyncio.wait_for(feed.wire.up.wait(), 30)
+        await studio.voice(load_persona(persona, settings).voice)
+        took: list[float] = []
+        mouth = mouths[0]
+        for i in range(count + 1):
+            tell(f"measuring: {i} of {count}")
+            mouth.new.clear()
+            text = SENTENCES[i % len(SENTENCES)]
+            begin = time.perf_counter()
+            # A beginning that nobody has said before: no voice may have it in its cache.
+            new = f"Number {time.time_ns() // 1000 % 1_000_000}, {text[0].lower()}{text[1:]}"
+            body = {"type": "text", "data": new, "message_id": f"l{i}"}
+            await bench.send(body)
+            await asyncio.wait_for(mouth.new.wait(), 30)
+            if i:  # the first one also loads what is loaded once
+                took.append(list(mouth.first.values())[-1] - begin)
+            own = place.own()
+            assert own is not None
+            await own.interrupt()
+            await asyncio.sleep(0.3)
+        ms = np.array(took) * 1000
+        return {
+            "messages": count,
+            "first_frame_p50": round(float(np.percentile(ms, 50)), 1),
+            "first_frame_p95": round(float(np.percentile(ms, 95)), 1),
+            "first_frame_max": round(float(ms.max()), 1),
+        }
+
+
+def _sound(seconds: float) -> str:
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        times = np.arange(round(seconds * 16_000)) / 16_000
+        file.writeframes((np.sin(2 * np.pi * 300 * times) * 8000).astype("<i2").tobytes())
+    return base64.b64encode(out.getvalue()).decode()
+
+
+async def _endure(
+    settings: Settings, url: str, folder: Path, real: float, faked: float, tell: Tell
+) -> dict[str, Any]:
+    import psutil
+
+    name = "soak" if real else "faked"
+    clapper = Persona(name="clapper", engine="clapper", width=128, height=128)
+    options = _named(url, limit=200)
+    process = psutil.Process()
+    sizes: list[float] = []
+    sent, refused, deepest = 0, 0, 0
+    sound = _sound(0.6 if real else 0.9)
+    async with contextlib.AsyncExitStack() as undo:
+        bench = await undo.enter_async_context(_Bench(url, options))
+        studio = await undo.enter_async_context(Studio(settings))
+        ledger = SqliteLedger(folder / f"{name}.sqlite")
+        undo.push_async_callback(ledger.aclose)
+        place = Place(studio, clapper, options.queue)
+        if faked:
+            place.adopt(
+                await studio.open(
+                    clapper, id=options.queue, clock=ManualClock(),
+                    options=Options(patient=True, hold=1 << 30),
+                )
+            )  # fmt: skip
+        else:
+            await place.open()
+        undo.push_async_callback(place.aclose)
+        feed = await undo.enter_async_context(QueueFeed(options, ledger, place))
+        await asyncio.wait_for(feed.wire.up.wait(), 30)
+        begin = time.monotonic()
+        total = round(faked) if faked else round(real * 2)
+        while sent + refused < total:
+            try:
+                await bench.send(
+                    {"type": "audio", "data": sound, "message_id": f"{name}{sent + refused}"}
+                )
+                sent += 1
+            except Exception:  # the queue is full: the producer is told, and waits
+                refused += 1
+                if faked:
+                    total += 1
+                    await asyncio.sleep(0.2)
+            deepest = max(deepest, sent - len(bench.ends))
+            if (sent + refused) % 100 == 0:
+                tell(f"{name}: {sent} sent, {refused} refused")
+                sizes.append(process.memory_info().rss / 1e6)
+            if real:
+                ahead = begin + (sent + refused) / 2 - time.monotonic()
+                await asyncio.sleep(max(0.0, ahead))
+        deadline = time.monotonic() + 600
+        while len(bench.ends) < sent and time.monotonic() < deadline:
+            bench.new.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(bench.new.wait(), 1.0)
+        sizes.append(process.memory_info().rss / 1e6)
+        outcomes = list(bench.ends.values())
+        return {
+            f"{name}_sent": sent,
+            f"{name}_refused": refused,
+            f"{name}_finished": outcomes.count("finished"),
+            f"{name}_lost": sent - len(outcomes),
+            f"{name}_deepest_backlog": deepest,
+            f"{name}_seconds": round(time.monotonic() - begin, 1),
+            f"{name}_megabytes_at_a_third": round(sizes[len(sizes) // 3], 1),
+            f"{name}_megabytes_at_the_end": round(sizes[-1], 1),
+        }
