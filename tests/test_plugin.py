@@ -72,9 +72,9 @@ async def test_a_local_avatar_says_shows_and_reports(livekit: LiveKitServer) -> 
             handle = await said(session, "one two three four")
             assert not handle.interrupted
             await asyncio.sleep(0.5)
-            assert len(seen.flashes()) == 1 and len(seen.loud_spans()) == 1
-            [(begin_sample, end_sample)] = seen.loud_spans()
-            assert end_sample - begin_sample == pytest.approx(48_000, abs=2_400)
+            assert len(seen.flashes()) == 1
+            loud = sum(last - first for first, last in seen.loud_spans())
+            assert loud / 48_000 == pytest.approx(1.0, abs=0.1)  # whole, if not in one piece
             assert events[-1] == "listening" and "speaking" in events
         sound = [
             one

@@ -65,7 +65,7 @@ class _Ledger:
             ),
         )
 
-    async def until(self, count: int, limit: float = 12.0) -> bool:
+    async def until(self, count: int, limit: float = 6.0) -> bool:
         end = time.monotonic() + limit
         while len(self.finished) < count:
             if time.monotonic() > end:
@@ -251,7 +251,7 @@ async def _lost_end(
     begin = time.monotonic()
     await push(_tone(0.4))
     output.flush()
-    while time.monotonic() - begin < 15.0:
+    while time.monotonic() - begin < 14.0:
         await asyncio.sleep(0.1)
         spans = viewer.loud_spans()
         starts = viewer.when([first for first, _ in spans])

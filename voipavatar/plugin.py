@@ -55,7 +55,7 @@ BEAT = 1.0
 """Seconds between two looks at a dispatched avatar."""
 MISSED = 2
 """Looks in a row without an answer after which it counts as gone."""
-BACKOFF = (0.5, 10.0)
+BACKOFF = (0.5, 5.0)
 """First and longest pause before a lost avatar is asked for again, in seconds."""
 TTL = 600.0
 """Seconds that the token of a local avatar is good for; joining again takes a new one."""
