@@ -204,7 +204,8 @@ class Delivery:
     generation: int
     lane: str
     """The queue it came from."""
-    deaths: Any = None
+    doomed: str | None = None
+    """Who dropped it before it was looked at."""
 
 
 class Wire:
@@ -520,7 +521,7 @@ def _delivery(
         headers=message.headers or {},
         redelivered=bool(message.redelivered),
     )
-    return Delivery(message.body, envelope, message, generation, lane, message.headers)
+    return Delivery(message.body, envelope, message, generation, lane)
 
 
 # --- one message in hand --------------------------------------------------------------------------
@@ -668,7 +669,11 @@ class QueueFeed:
         self._lanes: dict[str, _Lane] = {}
         self._utterances: dict[str, _Job] = {}
         self._skip = 0
+        """So many that come next were dropped while they waited in the broker."""
         self._skip_by = ""
+        self._arrived = 0
+        self._undecided: set[Delivery] = set()
+        """Came, and are not in a lane yet."""
         self._outbox: deque[_Notice] = deque()
         self._outgoing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -742,13 +747,21 @@ class QueueFeed:
     # -- taking ------------------------------------------------------------------------------------
 
     def _came(self, delivery: Delivery) -> None:
-        if not self._closing:
-            self._inboxes[delivery.lane].put_nowait(delivery)
+        if self._closing:
+            return
+        if delivery.lane == self.options.queue:
+            self._arrived += 1
+            self._undecided.add(delivery)
+            if self._skip > 0:
+                self._skip -= 1
+                delivery.doomed = self._skip_by
+        self._inboxes[delivery.lane].put_nowait(delivery)
 
     async def _taking(self, inbox: asyncio.Queue[Delivery]) -> None:
         while True:
             delivery = await inbox.get()
             if delivery.generation != self.wire.generation:
+                self._undecided.discard(delivery)
                 continue  # it comes again
             try:
                 if delivery.lane == self.options.lapsed:
@@ -765,6 +778,8 @@ class QueueFeed:
                     await self._refuse(
                         delivery, Refused("internal", "it could not be handled: see the log")
                     )
+            finally:
+                self._undecided.discard(delivery)
 
     async def _take(self, delivery: Delivery) -> None:
         try:
@@ -792,11 +807,10 @@ class QueueFeed:
         job = self._jobs[parsed.id] = _Job(parsed, entry, delivery)
         if attempt == 1 and known is None:
             self._tell(job, "accepted")
-        if self._skip > 0 and delivery.lane == self.options.queue:
-            self._skip -= 1
-            if not isinstance(parsed.message, ControlMessage):
-                self._end(job, "interrupted", spoken_ms=0, by=self._skip_by)
-                return
+        self._undecided.discard(delivery)
+        if delivery.doomed is not None and not isinstance(parsed.message, ControlMessage):
+            self._end(job, "interrupted", spoken_ms=0, by=delivery.doomed)
+            return
         await self._dispatch(job)
 
     async def _identified(self, parsed: Parsed, delivery: Delivery) -> Parsed:
@@ -1065,6 +1079,16 @@ class QueueFeed:
 
     async def _clear(self, lane: _Lane, by: str, broker: Delivery | None = None) -> None:
         """Drop what waits: here, and in the broker if the order didn't come behind it."""
+        if broker is not None and broker.lane == self.options.control:
+            # Before anything is let go, for that makes room for more to come.
+            for _ in range(5):
+                arrived = self._arrived
+                ready = await self.wire.ready(self.options.queue)
+                if self._arrived == arrived:
+                    break
+            self._skip, self._skip_by = ready, by
+            for delivery in self._undecided:
+                delivery.doomed = by
         waiting, lane.waiting = list(lane.waiting), deque()
         for item in waiting:
             for job in item.jobs:
@@ -1072,10 +1096,6 @@ class QueueFeed:
             if item.chunks is not None:
                 item.chunks.over = True
         lane.changed.set()
-        if broker is not None and broker.lane == self.options.control:
-            inbox = self._inboxes[self.options.queue]
-            self._skip = inbox.qsize() + await self.wire.ready(self.options.queue)
-            self._skip_by = by
 
     # -- speaking ----------------------------------------------------------------------------------
 
