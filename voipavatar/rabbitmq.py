@@ -257,8 +257,6 @@ class Wire:
             try:
                 await asyncio.wait_for(self._build(), 4 * self.options.timeout)
                 pause = low
-                self.trouble = None
-                self.up.set()
                 logger.info("the broker is there", extra={"queue": self.options.queue})
                 await self._watch()
             except asyncio.CancelledError:
@@ -311,6 +309,9 @@ class Wire:
                 options.retry(seconds),
                 {
                     "x-message-ttl": int(seconds * 1000),
+                    # What goes on from here waits while the queue is full; else it would be lost.
+                    "x-dead-letter-strategy": "at-least-once",
+                    "x-overflow": "reject-publish",
                     "x-dead-letter-exchange": "",
                     "x-dead-letter-routing-key": options.queue,
                 },
@@ -320,6 +321,7 @@ class Wire:
             "x-delivery-limit": options.deliveries,
             "x-max-length": options.limit,
             "x-overflow": "reject-publish",
+            "x-dead-letter-strategy": "at-least-once",
             "x-dead-letter-exchange": options.dead,
             "x-dead-letter-routing-key": options.lapsed,
         }
@@ -333,6 +335,9 @@ class Wire:
                 self.shared = False
             queue = await self._consuming.declare_queue(one, passive=True, timeout=options.timeout)
             await queue.bind(inbox, one, timeout=options.timeout)
+        # What comes at once must find us able to answer.
+        self.trouble = None
+        self.up.set()
         for one in () if self._stopping else (options.control, options.queue, options.lapsed):
             await self._consume(one, self.generation)
 
@@ -478,6 +483,10 @@ class Wire:
         except Exception as error:  # it comes again, and the ledger knows it
             logger.info("an ack was lost", extra={"error": type(error).__name__})
             self._doubt.set()
+
+    def distrust(self) -> None:
+        """Build everything anew: the only way to have a message again that was left."""
+        self._doubt.set()
 
     async def stop_consuming(self) -> None:
         """Take nothing more; what came can still be acknowledged."""
@@ -771,6 +780,8 @@ class QueueFeed:
             except TransportError as error:
                 # The wire went in the middle of it; the broker brings it again.
                 logger.info("a message is left to come again", extra={"error": str(error)})
+                if delivery.generation == self.wire.generation:
+                    self.wire.distrust()
             except Exception:
                 # A fault of ours must not stop the queue, nor may the message be lost in it.
                 logger.exception("a message could not be handled")
