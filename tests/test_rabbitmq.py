@@ -25,15 +25,18 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from voipavatar.config import Settings
 from voipavatar.errors import TransportError
+from voipavatar.feed import feeding
 from voipavatar.ledger import Entry, SqliteLedger
 from voipavatar.media import ManualClock
 from voipavatar.messages import Failed, Interrupted
 from voipavatar.rabbitmq import QueueOptions, _below, fetch
+from voipavatar.session import Studio
 from voipavatar.stage import Options
 
 from .conftest import MakeProxy
-from .queues import Client, Rig, audio, tone, wav, working
+from .queues import CLAPPER, Client, Rig, Watch, audio, tone, wav, working
 from .servers import Ports, RabbitMQ
 
 pytestmark = [pytest.mark.server]
@@ -99,6 +102,23 @@ async def test_receipts_tell_everything_in_order(rig: Rig, client: Client) -> No
     ]  # fmt: skip
     assert rig.feed.status()["broker"] == "up"
     await client.until(lambda: rig.feed.status()["in_hand"] == 0)
+
+
+async def test_a_broadcast_speaks_from_a_queue_whoever_carries_it(
+    rabbitmq: RabbitMQ, options: QueueOptions, client: Client, tmp_path: Path
+) -> None:
+    """What `voipavatar stream --queue` does: the queue outlives the session that speaks for it."""
+    settings = Settings(cache_dir=tmp_path, amqp_url=rabbitmq.url)
+    async with Studio(settings) as studio, feeding(studio, CLAPPER, settings, options.queue) as at:
+        first = await studio.open(CLAPPER, sinks=[Watch], id=options.queue)
+        at.adopt(first)
+        await asyncio.sleep(3.0)  # the queue is declared by whoever feeds from it
+        await client.send(audio(0.4, "one"))
+        assert await client.ended("one") == ["finished"]
+        await first.aclose()
+        at.adopt(await studio.open(CLAPPER, sinks=[Watch], id=options.queue))
+        await client.send(audio(0.4, "two"))
+        assert await client.ended("two") == ["finished"]
 
 
 async def test_the_forms_of_the_first_day(rig: Rig, client: Client) -> None:

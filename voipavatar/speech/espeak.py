@@ -269,6 +269,8 @@ class _Library:
                 (_RANGE, how.range),
             ):
                 self._c.espeak_SetParameter(parameter, value, 0)
+            # Again each time: another user of the library in this process may have put its own.
+            self._c.espeak_SetSynthCallback(self._callback)
             tally = _Tally(text, emit)
             self._take = tally.take
             try:
