@@ -227,16 +227,8 @@ async def test_events_tell_what_happens_in_order(livekit: LiveKitServer, studio:
     await session.aclose()
     await asyncio.wait_for(task, 5)
     kinds = [(event["type"], event.get("state")) for event in told]
-    assert kinds == [
-        ("state", "idle"),
-        ("state", "processing"),
-        ("state", "talking"),
-        ("started", None),
-        ("state", "transitioning"),
-        ("state", "idle"),
-        ("finished", None),
-        ("closed", None),
-    ] or sorted(map(str, kinds)) == sorted(
+    # "finished" waits for the sink to play, so it may come before or after the mouth is shut.
+    assert sorted(map(str, kinds)) == sorted(
         map(
             str,
             [

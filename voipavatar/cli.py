@@ -220,9 +220,10 @@ def _serve(
     fed: bool = False,
 ) -> int:
     from .livekit_server import LiveKitServer
+    from .server.guard import is_loopback
 
     livekit = LiveKitServer.from_settings(
-        settings, host="127.0.0.1" if _is_loopback(settings.host) else _ipv4(settings.host)
+        settings, host="127.0.0.1" if is_loopback(settings.host) else _ipv4(settings.host)
     )
     _run(_serving(settings, livekit, ready, public_url, fed), livekit.end_now)
     return 0  # Ctrl-C is how it ends
@@ -306,10 +307,6 @@ async def _prepare(studio: Studio, settings: Settings, tell: Callable[[str], Non
         tell(f"preparing the avatar: {what} {done:.0%}")
 
     await studio.prepare(load_persona("default", settings), progress)
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _ipv4(host: str) -> str:

@@ -218,35 +218,6 @@ def build(
 
 
 @click.command()
-@click.argument("persona")
-def prepare(persona: str) -> None:
-    """Prepare a persona's avatar for its engine. Done already: no work."""
-    import asyncio
-
-    from .avatar import read_json
-    from .engines import Avatar
-    from .session import Studio
-
-    settings = _settings()
-    who = load_persona(persona, settings)
-
-    async def go(told: Any) -> Avatar:
-        async with Studio(settings) as studio:
-            return await studio.prepare(who, told)
-
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True)
-    ) as bar:
-        task = bar.add_task("preparing", total=1.0)
-        avatar = asyncio.run(
-            go(lambda what, share: bar.update(task, description=what, completed=share))
-        )
-    click.echo(f"{who.name}: {avatar.width}x{avatar.height} in {avatar.path}")
-    for one in read_json(avatar.path / "manifest.json").get("advice", []):
-        click.echo(f"  {one}")
-
-
-@click.command()
 @click.option("--recipe", default="musetalk-v15", show_default=True)
 @click.option("--persona", help="A persona whose engine is musetalk; a drawn face otherwise.")
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="torch", show_default=True)
