@@ -235,7 +235,6 @@ class Wire:
         self._exchanges: dict[str, AbstractExchange] = {}
         self._consumers: list[tuple[AbstractQueue, str]] = []
         self._doubt = asyncio.Event()
-        self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -338,7 +337,7 @@ class Wire:
         # What comes at once must find us able to answer.
         self.trouble = None
         self.up.set()
-        for one in () if self._stopping else (options.control, options.queue, options.lapsed):
+        for one in (options.control, options.queue, options.lapsed):
             await self._consume(one, self.generation)
 
     async def _channel(
@@ -418,7 +417,7 @@ class Wire:
                 queue = await asyncio.wait_for(
                     probe.declare_queue(name, passive=True), self.options.timeout
                 )
-                if not queue.declaration_result.consumer_count and not self._stopping:
+                if not queue.declaration_result.consumer_count:
                     raise TransportError("the broker has no consumer of the queue any more")
 
     async def ready(self, name: str) -> int:
@@ -487,14 +486,6 @@ class Wire:
     def distrust(self) -> None:
         """Build everything anew: the only way to have a message again that was left."""
         self._doubt.set()
-
-    async def stop_consuming(self) -> None:
-        """Take nothing more; what came can still be acknowledged."""
-        self._stopping = True
-        consumers, self._consumers = self._consumers, []
-        for queue, tag in consumers:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(queue.cancel(tag), self.options.timeout)
 
     async def _drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -704,20 +695,19 @@ class QueueFeed:
     async def aclose(self, drain: float = 0.0) -> None:
         """Take nothing more; what is spoken may end within `drain` seconds. Idempotent.
 
-        What was not begun goes back to the broker, for another worker.
+        What was not begun goes to another worker, and not before that: a consumer that is
+        cancelled first lets a standby begin while this one still speaks, and what is given back
+        then comes behind what the standby has by now. So the connection is kept until the end,
+        which gives everything back at once and in its order.
         """
         if self._closing:
             return
         self._closing = True
-        await self.wire.stop_consuming()
         for lane in self._lanes.values():
             waiting, lane.waiting = list(lane.waiting), deque()
             for item in waiting:
                 for job in item.jobs:
                     await self._release(job)
-        for inbox in self._inboxes.values():
-            while not inbox.empty():
-                await self.wire.give_back(inbox.get_nowait())
         if drain > 0 and self._tasks:
             await asyncio.wait(self._tasks, timeout=drain)
         for lane in self._lanes.values():
@@ -756,15 +746,20 @@ class QueueFeed:
     # -- taking ------------------------------------------------------------------------------------
 
     def _came(self, delivery: Delivery) -> None:
-        if self._closing:
-            return
         if delivery.lane == self.options.queue:
             self._arrived += 1
             self._undecided.add(delivery)
             if self._skip > 0:
                 self._skip -= 1
                 delivery.doomed = self._skip_by
-        self._inboxes[delivery.lane].put_nowait(delivery)
+        if not self._left(delivery):
+            self._inboxes[delivery.lane].put_nowait(delivery)
+
+    def _left(self, delivery: Delivery) -> bool:
+        """It stays with the broker, for the next worker: all but orders, once we are closing."""
+        return (
+            self._closing and delivery.lane != self.options.control and delivery.doomed is None
+        )
 
     async def _taking(self, inbox: asyncio.Queue[Delivery]) -> None:
         while True:
@@ -772,6 +767,8 @@ class QueueFeed:
             if delivery.generation != self.wire.generation:
                 self._undecided.discard(delivery)
                 continue  # it comes again
+            if self._left(delivery):
+                continue
             try:
                 if delivery.lane == self.options.lapsed:
                     await self._lapsed(delivery)
@@ -798,6 +795,9 @@ class QueueFeed:
         except Refused as error:
             await self._refuse(delivery, error)
             return
+        if self._closing and delivery.doomed is None:
+            if not isinstance(parsed.message, ControlMessage):
+                return
         parsed = await self._identified(parsed, delivery)
         job = self._jobs.get(parsed.id)
         if job is not None and self._again(job, delivery):
@@ -1099,7 +1099,10 @@ class QueueFeed:
                     break
             self._skip, self._skip_by = ready, by
             for delivery in self._undecided:
+                left = self._left(delivery)
                 delivery.doomed = by
+                if left:
+                    self._inboxes[delivery.lane].put_nowait(delivery)
         waiting, lane.waiting = list(lane.waiting), deque()
         for item in waiting:
             for job in item.jobs:
@@ -1113,7 +1116,7 @@ class QueueFeed:
     async def _pumping(self, lane: _Lane) -> None:
         """Keep the session supplied: one that is spoken, one that is made ready."""
         while True:
-            while lane.waiting and len(lane.active) < AHEAD:
+            while lane.waiting and len(lane.active) < AHEAD and not self._closing:
                 item = lane.waiting.popleft()
                 lane.changed.set()
                 if all(job.ended for job in item.jobs):
@@ -1418,7 +1421,7 @@ class QueueFeed:
         self._post(_Notice(job.entry.event, job))
 
     async def _release(self, job: _Job) -> None:
-        """Give a message back that was not begun."""
+        """Leave a message that was not begun to the next worker."""
         if job.ended:
             return
         job.ended = True
@@ -1431,7 +1434,7 @@ class QueueFeed:
         with contextlib.suppress(TransportError):
             await self._ledger.drop(job.id)
         if job.delivery is not None:
-            await self.wire.give_back(job.delivery)
+            self._undecided.add(job.delivery)
 
     async def _forget(self, job: _Job) -> None:
         """Its end was told: the broker may forget it, and so do we."""
