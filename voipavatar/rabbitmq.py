@@ -43,6 +43,7 @@ from .messages import (
     parse,
     sender_of,
 )
+from .metrics import MESSAGES
 
 if TYPE_CHECKING:
     import aio_pika
@@ -730,6 +731,12 @@ class QueueFeed:
         with contextlib.suppress(TransportError):
             await self._ledger.beat(self.owner, gone=True)
 
+    async def connected(self, seconds: float) -> bool:
+        """Whether the broker is there, or comes within so many seconds."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.wire.up.wait(), seconds)
+        return self.wire.up.is_set()
+
     def status(self) -> dict[str, Any]:
         """For health and people; no secrets, no speech."""
         return {
@@ -742,6 +749,10 @@ class QueueFeed:
             "untold": len(self._outbox),
             **self.counts,
         }
+
+    def _count(self, what: str) -> None:
+        self.counts[what] += 1
+        MESSAGES.labels(what).inc()
 
     # -- taking ------------------------------------------------------------------------------------
 
@@ -814,7 +825,7 @@ class QueueFeed:
             taken = await self._known(known, entry, parsed, delivery)
             if not taken:
                 return
-        self.counts["taken"] += 1
+        self._count("taken")
         job = self._jobs[parsed.id] = _Job(parsed, entry, delivery)
         if attempt == 1 and known is None:
             self._tell(job, "accepted")
@@ -909,17 +920,18 @@ class QueueFeed:
 
     def _duplicate(self, delivery: Delivery, id: str, outcome: str | None) -> None:
         sender = sender_of(delivery.body, delivery.envelope)
-        self.counts["duplicate"] += 1
+        self._count("duplicate")
         event = {
             "schema": SCHEMA, "type": "duplicate", "message_id": id, "at": time.time(),
-            "session": self.options.queue, "correlation_id": sender.correlation_id,
+            "session": self.options.queue, "queue": self.options.queue,
+            "correlation_id": sender.correlation_id,
             "outcome": outcome if outcome in OUTCOMES else None, "reply_to": sender.reply_to,
         }  # fmt: skip
         self._post(_Notice(event, None, delivery))
 
     async def _refuse(self, delivery: Delivery, error: Refused) -> None:
         """A message that no time heals: to the dead ones, with the reason. Its sender is told."""
-        self.counts["refused"] += 1
+        self._count("refused")
         sender = sender_of(delivery.body, delivery.envelope)
         assert sender.message_id is not None
         entry = Entry(
@@ -928,14 +940,15 @@ class QueueFeed:
         )  # fmt: skip
         entry.event = {
             "schema": SCHEMA, "type": "failed", "message_id": entry.id, "at": entry.at,
-            "session": self.options.queue, "correlation_id": sender.correlation_id,
+            "session": self.options.queue, "queue": self.options.queue,
+            "correlation_id": sender.correlation_id,
             "code": error.code, "error": str(error), "retryable": False, "spoken_ms": 0,
             "attempt": 1, "reply_to": sender.reply_to,
         }  # fmt: skip
         known = await self._lasting(lambda: self._ledger.take(entry))
         await self._bury(delivery.body, delivery, error.code, str(error))
         if known is None:
-            self.counts["failed"] += 1
+            self._count("failed")
             job = _Job(_NOTHING, entry, delivery, ended=True)
             self._jobs[entry.id] = job
             self._post(_Notice(entry.event, job))
@@ -972,7 +985,8 @@ class QueueFeed:
         kind = "expired" if reason == "expired" else "failed"
         event: dict[str, Any] = {
             "schema": SCHEMA, "type": kind, "message_id": sender.message_id, "at": time.time(),
-            "session": self.options.queue, "correlation_id": sender.correlation_id,
+            "session": self.options.queue, "queue": self.options.queue,
+            "correlation_id": sender.correlation_id,
             "reply_to": sender.reply_to,
         }  # fmt: skip
         if kind == "failed":
@@ -993,7 +1007,7 @@ class QueueFeed:
             entry = known
         elif known is not None:
             await self._lasting(lambda: self._ledger.put(entry))
-        self.counts[kind] += 1
+        self._count(kind)
         job = self._jobs[entry.id] = _Job(_NOTHING, entry, delivery, ended=True)
         self._post(_Notice(entry.event, job))
 
@@ -1402,7 +1416,7 @@ class QueueFeed:
             reply_to=envelope.reply_to, content_type=envelope.content_type,
             timestamp=envelope.timestamp,
         )  # fmt: skip
-        self.counts["retried"] += 1
+        self._count("retried")
         job.ended = True
         self._jobs.pop(job.id, None)
         await self.wire.ack(delivery)
@@ -1412,7 +1426,7 @@ class QueueFeed:
         if job.ended:
             return
         job.ended = True
-        self.counts[kind] += 1
+        self._count(kind)
         job.entry.outcome = kind
         job.entry.event = job.entry.event | {"type": kind, "at": time.time()} | fields
         if job.utterance is not None:
@@ -1452,6 +1466,7 @@ class QueueFeed:
             "message_id": parsed.id,
             "correlation_id": message.correlation_id,
             "session": self.options.queue,
+            "queue": self.options.queue,
             "session_id": message.session_id,
             "reply_to": message.reply_to,
         }
@@ -1531,7 +1546,10 @@ class QueueFeed:
         session = lane.session
         async with contextlib.aclosing(session.events()) as events:
             async for event in events:
-                common = {"schema": SCHEMA, "session": session.id, "at": event["at"]}
+                common = {
+                    "schema": SCHEMA, "session": session.id, "queue": self.options.queue,
+                    "at": event["at"],
+                }  # fmt: skip
                 if event["type"] == "state":
                     state = str(event["state"]).upper()
                     notice = common | {"type": "state", "state": state}
@@ -1590,7 +1608,7 @@ class QueueFeed:
                         "error": "the worker that had accepted it is gone: send it again",
                     }
                 )  # fmt: skip
-                self.counts[entry.outcome] += 1
+                self._count(entry.outcome)
             job = self._jobs[entry.id] = _Job(_NOTHING, entry, None, ended=True)
             self._post(_Notice(entry.event, job))
 

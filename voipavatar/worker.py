@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import numpy as np
 from aiohttp import web
-from livekit import rtc
+from livekit import api, rtc
 from livekit.agents import AgentServer, JobContext, JobExecutorType, JobRequest
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 
@@ -27,8 +28,10 @@ from . import metrics
 from .agentstream import AgentStream
 from .config import Settings, load_persona
 from .errors import CapacityError, ConfigError, VoipAvatarError
+from .feed import fed, options_for, queue_of
 from .follow import Follow
 from .plugin import AGENT_NAME, IDENTITY
+from .rabbitmq import QueueFeed
 from .room import RoomOptions
 from .session import Session, Studio
 
@@ -53,6 +56,8 @@ class Order:
     """Identity that the avatar speaks for; the first agent in the room when empty."""
     follow: str = ""
     """Identity of a participant whose audio track the avatar says, instead of an agent's speech."""
+    queue: str = ""
+    """A RabbitMQ queue that the avatar speaks from as well; the persona's own when empty."""
     identity: str = IDENTITY
     name: str = ""
     request: str = field(default="", compare=False)
@@ -187,6 +192,8 @@ class Worker:
         try:
             order = Order.parse(request.job.metadata)
             load_persona(order.persona, self.settings)
+            if order.queue:
+                options_for(self.settings, order.queue)
         except ConfigError as error:
             reason = reason or str(error)
         if reason is not None:
@@ -225,7 +232,8 @@ class Worker:
 
     async def _serve(self, job: Any) -> None:
         try:
-            await self._avatar(job.id, job.room.name, Order.parse(job.metadata))
+            if await self._avatar(job.id, job.room.name, Order.parse(job.metadata)) == "shutdown":
+                await self._ask_another(job)
         except CapacityError as error:
             logger.warning("a room could not be taken after all", extra={"reason": str(error)})
         except VoipAvatarError as error:
@@ -233,7 +241,7 @@ class Worker:
         finally:
             self._taken.pop(job.id, None)
 
-    async def _avatar(self, job: str, room: str, order: Order) -> None:
+    async def _avatar(self, job: str, room: str, order: Order) -> str:
         studio = self._studio
         assert studio is not None
         persona = load_persona(order.persona, self.settings)
@@ -265,7 +273,17 @@ class Worker:
         metrics.SESSIONS_OPENED.inc()
         reason = "failed"
         try:
-            reason = await self._stay(session, order.follow)
+            async with contextlib.AsyncExitStack() as undo:
+                queue = order.queue or queue_of(persona, self.settings)
+                feed = (
+                    await undo.enter_async_context(
+                        fed(studio, session, self.settings, queue, FAREWELL)
+                    )
+                    if queue
+                    else None
+                )
+                reason = await self._stay(session, order, feed)
+            return reason
         finally:
             metrics.SESSIONS.dec()
             metrics.SESSIONS_CLOSED.labels(reason).inc()
@@ -274,12 +292,24 @@ class Worker:
                 await follow.aclose()
             await session.aclose(FAREWELL)
 
-    async def _stay(self, session: Session, follow: str) -> str:
-        """Until the session ends, or nobody is there to speak for; why, as a metric's label."""
+    async def _stay(self, session: Session, order: Order, feed: QueueFeed | None) -> str:
+        """Until the session ends, or nobody is there to speak for; why, as a metric's label.
+
+        A queue is enough to stay for, unless the avatar is somebody's. When the worker drains,
+        the queue goes to a standby once what is being said has ended.
+        """
         assert session.room is not None
         last = time.monotonic()
+        alone = feed is not None and not order.agent and not order.follow
         while not session.closed.is_set():
-            if not session.room.connected or _wanted(session.room.room, follow):
+            wanted = _wanted(session.room.room, order.follow)
+            alone = alone and not wanted
+            if feed is not None and self._draining:
+                await feed.aclose(self._drain)
+                if alone:
+                    return "shutdown"
+                feed = None
+            if alone or wanted or not session.room.connected:
                 last = time.monotonic()
             elif time.monotonic() - last > self._grace:
                 logger.info("no agent came back")
@@ -287,6 +317,22 @@ class Worker:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(session.closed.wait(), 0.25)
         return "asked" if session.failure is None else "failed"
+
+    async def _ask_another(self, job: Any) -> None:
+        """For a room whose avatar nobody else would ask for again: one that speaks from a queue."""
+        url, key, secret = (
+            self.settings.livekit_url,
+            self.settings.livekit_api_key,
+            self.settings.livekit_api_secret,
+        )
+        wish = api.CreateAgentDispatchRequest(
+            agent_name=self.agent_name, room=job.room.name, metadata=job.metadata
+        )
+        try:
+            async with api.LiveKitAPI(url, key, secret) as livekit:
+                await asyncio.wait_for(livekit.agent_dispatch.create_dispatch(wish), 10.0)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            logger.error("no other worker could be asked", extra={"error": type(error).__name__})
 
     # -- what others see ---------------------------------------------------------------------------
 
