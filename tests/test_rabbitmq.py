@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import aio_pika
+import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from voipavatar.config import Settings
+from voipavatar.config import Persona, Settings, load_persona
 from voipavatar.errors import TransportError
 from voipavatar.feed import feeding
 from voipavatar.ledger import Entry, SqliteLedger
-from voipavatar.media import ManualClock
+from voipavatar.media import ManualClock, UInt8
 from voipavatar.messages import Failed, Interrupted
 from voipavatar.rabbitmq import QueueOptions, _below, fetch
 from voipavatar.session import Studio
@@ -200,7 +201,64 @@ async def test_control_does_not_wait_behind_speech(
     assert await client.ended("after") == ["finished"]
     assert await control("v", "voice", value="espeak") == "finished"
     assert await control("w", "voice", value="os.system") == "failed"
-    assert await control("i", "idle", value="waving") == "failed"
+
+
+async def test_another_look_and_another_persona_while_it_speaks(
+    options: QueueOptions, client: Client, tmp_path: Path
+) -> None:
+    """Each within two seconds, nothing is lost, and a name that isn't there is told with those
+    that are."""
+    marcus = load_persona("default")
+    assert marcus.path is not None
+    looks = {"still": {"engine_options": {"motion": 0.0}}, "guest": "clara/portrait.png"}
+    data = marcus.model_dump() | {"width": 320, "height": 180, "idles": looks, "voice": "espeak"}
+    who = Persona.model_validate(data | {"path": marcus.path})
+    async with working(options, tmp_path, persona=who) as rig:
+        ids = ["s0", "s1", "s2"]
+        for id in ids:
+            await client.send(audio(2.0, id))
+        await client.until(lambda: "s0" in client.order())
+
+        async def control(command: str, value: str) -> tuple[str, UInt8]:
+            """How it ended, and a picture from after it."""
+            begin = time.monotonic()
+            body = {"type": "control", "command": command, "value": value}
+            await client.send(body | {"message_id": f"{command}-{value}"}, to=options.control)
+            [outcome] = await client.ended(f"{command}-{value}")
+            assert time.monotonic() - begin < 2.0
+            shown = rig.watch.frames
+            await client.until(lambda: rig.watch.frames > shown + 3)
+            assert rig.watch.image is not None
+            return outcome, rig.watch.image[:180]
+
+        def far(one: UInt8, other: UInt8) -> float:
+            return float(np.abs(one.astype(np.int16) - other.astype(np.int16)).mean())
+
+        assert rig.watch.image is not None
+        own = rig.watch.image[:180]
+        outcome, guest = await control("idle", "guest")
+        assert outcome == "finished" and rig.session.idle == "guest"
+        outcome, still = await control("idle", "still")
+        assert outcome == "finished"
+        # Another portrait is another picture; another manner of the same one is nearly the same.
+        print(f"guest {far(own, guest):.1f}, still {far(own, still):.1f}")
+        assert far(own, guest) > 4 * far(own, still)
+        assert (await control("idle", "waving"))[0] == "failed"
+        failed = client.ends("idle-waving")[0]
+        assert isinstance(failed, Failed) and not failed.retryable and failed.code == "invalid"
+        assert "default, still, guest" in failed.error
+        outcome, other = await control("persona", "clapper")
+        assert outcome == "finished" and rig.session.persona.name == "clapper"
+        assert far(own, other) > far(own, still) * 4
+        for wrong in ("nobody", "../../etc/passwd"):
+            assert (await control("persona", wrong))[0] == "failed"
+        assert (await control("idle", "dancing"))[0] == "failed"
+        failed = client.ends("idle-dancing")[0]
+        assert isinstance(failed, Failed) and failed.error.endswith("it has: default")
+        assert rig.session.persona.name == "clapper"
+        check(client, rig, [id for id in ids if await client.ended(id)])
+        spoken = [client.ends(id)[0].model_dump()["spoken_ms"] for id in ids]
+        assert spoken == pytest.approx([2000] * 3, abs=5)
 
 
 async def test_whom_it_is_for(rig: Rig, client: Client) -> None:

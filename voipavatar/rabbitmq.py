@@ -106,6 +106,8 @@ class Session(Protocol):
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def choose_voice(self, name: str | None) -> None: ...
+    async def swap_persona(self, persona: Any) -> None: ...
+    async def choose_idle(self, name: str) -> None: ...
     def events(self) -> AsyncIterator[dict[str, Any]]: ...
 
 
@@ -1356,18 +1358,26 @@ class QueueFeed:
             await session.interrupt()
         elif command == "voice":
             session.choose_voice(message.value)
-        elif command == "persona":
-            swap = getattr(session, "swap_persona", None)
-            if swap is None:
-                raise Refused("unsupported", "this session can't change its persona while on air")
-            await swap(self._directory.load(message.value or ""))
+        elif job.delivery is not None and job.delivery.lane == self.options.control:
+            # A face may have to be prepared first: the next order must not wait for that.
+            self._hold(self._changing(job, session, message), "rabbitmq-change")
+            return
         else:
-            change = getattr(session, "choose_idle", None)
-            if change is None:
-                raise Refused(
-                    "unsupported", f"the engine {session.persona.engine!r} has no idle clips"
-                )
-            await change(message.value)
+            await self._changing(job, session, message)
+            return
+        self._end(job, "finished", spoken_ms=0)
+
+    async def _changing(self, job: _Job, session: Any, message: ControlMessage) -> None:
+        """Another face. One after the other, in the order in which they were asked for."""
+        assert message.value is not None
+        try:
+            if message.command == "persona":
+                await session.swap_persona(self._directory.load(message.value))
+            else:
+                await session.choose_idle(message.value)
+        except Exception as error:
+            await self._fail(job, error)
+            return
         self._end(job, "finished", spoken_ms=0)
 
     # -- outcomes ----------------------------------------------------------------------------------

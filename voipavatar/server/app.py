@@ -213,6 +213,7 @@ class _Routes:
         post("/sessions/{id}/persona", tags=["sessions"], status_code=204, responses=_BUSY)(
             self.become
         )
+        post("/sessions/{id}/idle", tags=["sessions"], status_code=204, responses=_BUSY)(self.idle)
         post("/sessions/{id}/interrupt", tags=["speech"], status_code=204, responses=_PROBLEM)(
             self.interrupt
         )
@@ -388,6 +389,12 @@ class _Routes:
         await entry.session.swap_persona(await self._persona(wish.persona))
         entry.touch()
 
+    async def idle(self, id: str, wish: models.Idle) -> None:
+        """Another of the persona's looks: same face, another picture or clip, or another manner."""
+        entry = self._entry(id)
+        await entry.session.choose_idle(wish.idle)
+        entry.touch()
+
     async def interrupt(self, id: str) -> None:
         """Be silent now, and forget what was queued."""
         await self._entry(id).session.interrupt()
@@ -529,6 +536,7 @@ def _shown(persona: Persona) -> models.PersonaInfo:
             models.VoiceInfo(name=name, label=_label(choice))
             for name, choice in zip(_voice_names(persona), persona.voice, strict=True)
         ],
+        idles=["default", *persona.idles],
         portrait=f"/personas/{persona.name}/portrait" if persona.portrait is not None else None,
     )
 
