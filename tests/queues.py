@@ -181,8 +181,7 @@ class Client:
 
     async def _heard(self, message: AbstractIncomingMessage) -> None:
         event = read_event(message.body)
-        assert event.queue is not None
-        if event.queue == self.options.queue:
+        if event.queue in (None, self.options.queue):
             self.raw.append(message)
             self.events.append(event)
         self._new.set()

@@ -285,11 +285,11 @@ class Wire:
         self._doubt = asyncio.Event()
         joint = "&" if "?" in options.url else "?"
         name = f"voipavatar@{socket.gethostname()}"
-        connection = await aio_pika.connect(
-            f"{options.url}{joint}heartbeat={options.heartbeat}&name={name}",
-            timeout=options.timeout,
-        )
-        self._connection = connection
+        url = f"{options.url}{joint}heartbeat={options.heartbeat}&name={name}"
+        # Not by `aio_pika.connect`: what that leaves of a connection that failed wants to be
+        # closed when it is collected, wherever that may be.
+        connection = self._connection = aio_pika.Connection(aio_pika.connection.make_url(url))
+        await connection.connect(timeout=options.timeout)
         self.generation += 1
         self.connects += 1
         doubt = self._doubt
@@ -425,7 +425,7 @@ class Wire:
 
     async def ready(self, name: str) -> int:
         """Messages that wait in a queue."""
-        if self._connection is None:
+        if self._connection is None or not self.up.is_set():
             raise TransportError("the broker is not there")
         channel = await self._channel(self._connection, vital=False)
         try:
