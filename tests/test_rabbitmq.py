@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from voipavatar.rabbitmq import QueueOptions, _below, fetch
 from voipavatar.session import Studio
 from voipavatar.stage import Options
 
-from .conftest import MakeProxy
 from .malformed import malformed
+from .proxy import Proxy
 from .queues import CLAPPER, Client, Rig, Watch, audio, tone, wav, working
 from .servers import Ports, RabbitMQ
 
@@ -113,7 +113,7 @@ async def test_a_broadcast_speaks_from_a_queue_whoever_carries_it(
     async with Studio(settings) as studio, feeding(studio, CLAPPER, settings, options.queue) as at:
         first = await studio.open(CLAPPER, sinks=[Watch], id=options.queue)
         at.adopt(first)
-        await asyncio.sleep(3.0)  # the queue is declared by whoever feeds from it
+        assert at.feed is not None and await at.feed.connected(20)
         await client.send(audio(0.4, "one"))
         assert await client.ended("one") == ["finished"]
         await first.aclose()
@@ -632,51 +632,6 @@ async def test_the_broker_is_killed_while_it_speaks(
     check(client, rig, ids)
 
 
-@pytest.mark.slow
-async def test_the_network_is_cut_for_thirty_seconds(
-    rabbitmq: RabbitMQ, options: QueueOptions, client: Client, tmp_path: Path,
-    make_proxy: MakeProxy,
-) -> None:  # fmt: skip
-    proxy = await make_proxy("127.0.0.1", rabbitmq.port)
-    away = QueueOptions(
-        url=f"amqp://guest:guest@127.0.0.1:{proxy.port}/", queue=options.queue, watch=0.5
-    )
-    async with working(away, tmp_path) as rig:
-        ids = [f"n{i}" for i in range(5)]
-        for id in ids:
-            await client.send(audio(1.5, id))
-        await client.until(lambda: "n0" in client.order())
-        await proxy.cut()
-        await asyncio.sleep(30)
-        assert "n1" not in client.order("finished")  # it was said; nobody could be told
-        await proxy.mend()
-        mended = time.monotonic()
-        await asyncio.wait_for(rig.feed.wire.up.wait(), 10)
-        last = len(ids)
-        await client.until(lambda: len(rig.watch.turns) == last, 15)
-        assert time.monotonic() - mended <= 15.0
-        await client.ended(*ids)
-        check(client, rig, ids)
-
-
-@pytest.mark.slow
-async def test_a_link_that_is_dead_but_not_cut_is_noticed(
-    rabbitmq: RabbitMQ, options: QueueOptions, client: Client, tmp_path: Path,
-    make_proxy: MakeProxy,
-) -> None:  # fmt: skip
-    proxy = await make_proxy("127.0.0.1", rabbitmq.port)
-    url = f"amqp://guest:guest@127.0.0.1:{proxy.port}/"
-    quick = QueueOptions(url=url, queue=options.queue, watch=0.5, timeout=2.0, heartbeat=5)
-    async with working(quick, tmp_path) as rig:
-        proxy.stall()
-        await client.send(audio(0.5, "while"))
-        await client.until(lambda: not rig.feed.wire.up.is_set(), 10)
-        await proxy.drop()
-        proxy.resume()
-        assert await client.ended("while", timeout=30) == ["finished"]
-        check(client, rig, ["while"])
-
-
 async def test_the_queue_is_deleted_under_the_consumer(rig: Rig, client: Client) -> None:
     await client.send(audio(2.0, "before"))
     await client.until(lambda: "before" in client.order())
@@ -688,24 +643,140 @@ async def test_the_queue_is_deleted_under_the_consumer(rig: Rig, client: Client)
     check(client, rig, ["before", "after"])
 
 
-async def test_the_broker_is_away_at_the_start(
-    rabbitmq: RabbitMQ, options: QueueOptions, client: Client, tmp_path: Path,
-    make_proxy: MakeProxy,
-) -> None:  # fmt: skip
-    proxy = await make_proxy("127.0.0.1", rabbitmq.port)
-    await proxy.cut()
-    url = f"amqp://guest:guest@127.0.0.1:{proxy.port}/"
-    late = QueueOptions(url=url, queue=options.queue)
-    async with working(late, tmp_path, wait=False) as rig:
+@dataclasses.dataclass
+class Scene:
+    """A queue of its own at the common broker, reached through a proxy; its client is not."""
+
+    options: QueueOptions
+    client: Client
+    folder: Path
+    proxy: Proxy
+    url: str
+    """Of the broker itself."""
+
+
+@contextlib.asynccontextmanager
+async def scene(rabbitmq: RabbitMQ, folder: Path, **more: Any) -> AsyncIterator[Scene]:
+    queue = f"q{uuid.uuid4().hex[:8]}"
+    folder = folder / queue
+    folder.mkdir()
+    async with contextlib.AsyncExitStack() as undo:
+        proxy = await undo.enter_async_context(Proxy("127.0.0.1", rabbitmq.port))
+        url = f"amqp://guest:guest@127.0.0.1:{proxy.port}/"
+        options = QueueOptions(url=url, queue=queue, watch=0.5, **more)
+        client = await undo.enter_async_context(Client(rabbitmq.url, options))
+        yield Scene(options, client, folder, proxy, rabbitmq.url)
+
+
+async def cut_for_thirty_seconds(at: Scene) -> None:
+    client = at.client
+    async with working(at.options, at.folder) as rig:
+        ids = [f"n{i}" for i in range(5)]
+        for id in ids:
+            await client.send(audio(1.5, id))
+        await client.until(lambda: "n0" in client.order())
+        await at.proxy.cut()
+        await asyncio.sleep(30)
+        assert "n1" not in client.order("finished")  # it was said; nobody could be told
+        last = len(ids)
+        assert 1 < len(rig.watch.turns) < last  # what was read ahead, and no more
+        await at.proxy.mend()
+        mended = time.monotonic()
+        await client.until(lambda: len(rig.watch.turns) == last, 15)
+        assert time.monotonic() - mended <= 10.0
+        await client.ended(*ids)
+        check(client, rig, ids)
+
+
+async def dead_but_not_cut(at: Scene) -> None:
+    client = at.client
+    async with working(at.options, at.folder) as rig:
+        at.proxy.stall()
+        await client.send(audio(0.5, "while"))
+        await client.until(lambda: not rig.feed.wire.up.is_set(), 10)
+        await at.proxy.drop()
+        at.proxy.resume()
+        assert await client.ended("while", timeout=30) == ["finished"]
+        check(client, rig, ["while"])
+
+
+async def away_at_the_start(at: Scene) -> None:
+    client = at.client
+    await at.proxy.cut()
+    async with working(at.options, at.folder, wait=False) as rig:
         await asyncio.sleep(3.0)
         assert rig.feed.status()["broker"] == "down" and rig.feed.status()["trouble"]
         assert rig.watch.frames > 30  # idling all the while
-        await proxy.mend()
+        await at.proxy.mend()
         mended = time.monotonic()
-        await asyncio.wait_for(rig.feed.wire.up.wait(), 10)
+        assert await rig.feed.connected(10)
         assert time.monotonic() - mended < 10
         await client.send(audio(0.3, "first"))
         assert await client.ended("first") == ["finished"]
+
+
+async def worker_killed_with_a_standby(at: Scene) -> None:
+    """What was hardly begun is said again from its start (that is stated); the rest once."""
+    client = at.client
+    async with worker(at.url, at.options.queue, at.folder) as first:
+        async with working(at.options, at.folder) as standby:
+            ids = [f"w{i}" for i in range(4)]
+            await client.send(audio(1.0, ids[0]))
+            await client.send(audio(8.0, ids[1]))
+            for id in ids[2:]:
+                await client.send(audio(1.0, id))
+            await client.until(lambda: any(e.type == "progress" for e in client.of("w1")))
+            assert not standby.watch.turns  # one speaks, the other waits
+            first.send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            await client.until(lambda: standby.watch.turns, 20)
+            assert time.monotonic() - killed <= 10.0
+            assert await client.ended(*ids, timeout=40) == ["finished"] * 4
+            assert client.order() == ids
+            assert len(standby.watch.turns) == 3  # not the one that had been said
+            again = [event for event in client.of("w1") if event.type == "started"]
+            assert len(again) == 2
+            assert standby.watch.gap < 1.0
+
+
+async def mostly_heard_is_not_said_again(at: Scene) -> None:
+    client = at.client
+    async with worker(at.url, at.options.queue, at.folder) as first:
+        await client.send(audio(5.0, "mostly"))
+        await client.send(audio(3.0, "early", ack="on_accept"))
+        await client.until(
+            lambda: any(e.model_dump().get("spoken_ms", 0) > 3000 for e in client.of("mostly"))
+        )
+        first.send_signal(signal.SIGKILL)
+        await first.wait()
+        async with working(at.options, at.folder) as second:
+            assert await client.ended("mostly", "early", timeout=40) == ["interrupted", "failed"]
+            assert client.ends("mostly")[0].model_dump()["by"] == "worker_lost"
+            assert client.ends("early")[0].model_dump()["code"] == "worker_lost"
+            assert not second.watch.turns
+
+
+@pytest.mark.slow
+async def test_cuts_and_deaths(rabbitmq: RabbitMQ, tmp_path: Path) -> None:
+    """The network is cut for thirty seconds; meanwhile, each at a queue of its own: a link that is
+    dead but not cut, a broker that is away at the start, workers that are killed."""
+
+    async def at_a_queue(play: Callable[[Scene], Awaitable[None]], **more: Any) -> None:
+        async with scene(rabbitmq, tmp_path, **more) as at:
+            await play(at)
+
+    plays = [
+        at_a_queue(cut_for_thirty_seconds),
+        at_a_queue(dead_but_not_cut, timeout=2.0, heartbeat=5),
+        at_a_queue(away_at_the_start),
+        at_a_queue(worker_killed_with_a_standby),
+        at_a_queue(mostly_heard_is_not_said_again),
+    ]
+    # Each to its end, so that nothing is left behind; the traceback names the one that failed.
+    failures = await asyncio.gather(*plays, return_exceptions=True)
+    for failure in failures:
+        if failure is not None:
+            raise failure
 
 
 async def test_a_wrong_password_is_said_and_not_hammered(
@@ -734,51 +805,6 @@ async def worker(url: str, queue: str, folder: Path) -> AsyncIterator[asyncio.su
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-
-
-@pytest.mark.slow
-async def test_a_worker_is_killed_while_it_speaks_and_a_standby_goes_on(
-    rabbitmq: RabbitMQ, options: QueueOptions, client: Client, tmp_path: Path
-) -> None:
-    """What was hardly begun is said again from its start (that is stated); the rest once."""
-    async with worker(rabbitmq.url, options.queue, tmp_path) as first:
-        async with working(options, tmp_path) as standby:
-            ids = [f"w{i}" for i in range(4)]
-            await client.send(audio(1.0, ids[0]))
-            await client.send(audio(8.0, ids[1]))
-            for id in ids[2:]:
-                await client.send(audio(1.0, id))
-            await client.until(lambda: any(e.type == "progress" for e in client.of("w1")))
-            assert not standby.watch.turns  # one speaks, the other waits
-            first.send_signal(signal.SIGKILL)
-            killed = time.monotonic()
-            await client.until(lambda: standby.watch.turns, 20)
-            assert time.monotonic() - killed <= 15.0
-            assert await client.ended(*ids, timeout=40) == ["finished"] * 4
-            assert client.order() == ids
-            assert len(standby.watch.turns) == 3  # not the one that had been said
-            again = [event for event in client.of("w1") if event.type == "started"]
-            assert len(again) == 2
-            assert standby.watch.gap < 1.0
-
-
-@pytest.mark.slow
-async def test_what_was_heard_for_the_most_part_is_not_said_again(
-    rabbitmq: RabbitMQ, options: QueueOptions, client: Client, tmp_path: Path
-) -> None:
-    async with worker(rabbitmq.url, options.queue, tmp_path) as first:
-        await client.send(audio(5.0, "mostly"))
-        await client.send(audio(3.0, "early", ack="on_accept"))
-        await client.until(
-            lambda: any(e.model_dump().get("spoken_ms", 0) > 3000 for e in client.of("mostly"))
-        )
-        first.send_signal(signal.SIGKILL)
-        await first.wait()
-        async with working(options, tmp_path) as second:
-            assert await client.ended("mostly", "early", timeout=40) == ["interrupted", "failed"]
-            assert client.ends("mostly")[0].model_dump()["by"] == "worker_lost"
-            assert client.ends("early")[0].model_dump()["code"] == "worker_lost"
-            assert not second.watch.turns
 
 
 async def test_closing_hands_over_what_was_not_begun_and_in_order(
@@ -874,7 +900,7 @@ async def test_hours_in_faked_time_leave_nothing_behind(
     options: QueueOptions, client: Client, tmp_path: Path
 ) -> None:
     """A message a second, on a clock that doesn't wait. `bench queue --hours` runs it longer."""
-    count, batch = 600, 50
+    count, batch = 300, 25
     process = psutil.Process()
     sizes: list[int] = []
     async with working(

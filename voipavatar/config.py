@@ -301,9 +301,7 @@ class Persona(_Strict):
 
     def sized(self, like: Sized) -> Persona:
         """The persona at another's size and rate: what a session keeps for life."""
-        return self.model_copy(
-            update={"width": like.width, "height": like.height, "fps": like.fps}
-        )
+        return self.model_copy(update={"width": like.width, "height": like.height, "fps": like.fps})
 
     def beside(self, path: Path) -> Path:
         """`path` as seen from the persona's file."""

@@ -265,7 +265,7 @@ class _Routes:
         )
 
     async def queues(self) -> Sequence[dict[str, Any]]:
-        """The RabbitMQ queues that sessions speak from: the broker's state, and what was counted."""
+        """The RabbitMQ queues that sessions speak from: how the broker is, and what was counted."""
         return [tell() for tell in self._desk.queues]
 
     async def metrics(self) -> Response:

@@ -104,9 +104,7 @@ class Idle(BaseModel):
 
     idle: str = Field(max_length=64, description="one of its `idles`; default is its own")
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"idle": "default"}]}
-    )
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"idle": "default"}]})
 
 
 class Opened(Ticket):
