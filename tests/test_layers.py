@@ -40,6 +40,7 @@ LAYERS = {
     "engines.rig": 2,
     "facemesh": 3,
     "engines.puppet": 3,
+    "engines.life": 3,
     "engines.musetalk_nets": 3,
     "engines.clapper": 4,
     "engines.viseme": 4,

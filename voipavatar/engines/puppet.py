@@ -50,6 +50,8 @@ class Pose:
     """0 open, 1 shut."""
     wink: float = 0.0
     """The same, of the eye on the left alone."""
+    gaze: tuple[float, float] = (0.0, 0.0)
+    """Where the eyes look, right and down from the portrait's own look, in radii of the iris."""
 
 
 def mouth_weights(mouth: Float32) -> Float32:
@@ -101,6 +103,14 @@ class Puppet:
         seam = ((upper + lower)[5] / 2 - rig.frame[0]) @ self._down
         self._seam = float(seam) / self._unit
         self._own_teeth = bool(rig.teeth[4, ..., 3].any())
+        # The balls of the eyes, in luma and in chroma, each with its parts put together at rest.
+        self._balls = [
+            [(*ball[:4], ball[0] * (1 - ball[1]) + ball[2] + ball[3], ball[4]) for ball in both]
+            for both in (
+                (rig.left_ball_luma, rig.left_ball_chroma),
+                (rig.right_ball_luma, rig.right_ball_chroma),
+            )
+        ]
         self._grain = np.random.default_rng(7).normal(0, 1.0, (256, 256)).astype(np.float32)
         self._columns = np.arange(width, dtype=np.float32) + x
         self._rows = (np.arange(height, dtype=np.float32) + y)[:, None]
@@ -122,13 +132,16 @@ class Puppet:
         weights = mouth_weights(pose.mouth)
         talks = bool(np.any(np.abs(weights) > 1e-4))
         moves = bool(np.any(pose.head))
-        if not (talks or moves or any(blink)):
+        looks = bool(pose.gaze[0] or pose.gaze[1])
+        if not (talks or moves or looks or any(blink)):
             return out
         kept = self._shut_eyes(blink)
         try:
+            if looks:
+                kept += self._turn_eyes(pose.gaze, blink)
             self._draw(out, pose, weights, talks, moves)
         finally:
-            for view, pixels in kept:
+            for view, pixels in reversed(kept):
                 view[:] = pixels
         return out
 
@@ -149,6 +162,41 @@ class Puppet:
             for view, pixels in ((big, luma[step]), (small, chroma[step])):
                 kept.append((view, view.copy()))
                 view[:] = pixels
+        return kept
+
+    def _turn_eyes(
+        self, gaze: tuple[float, float], blink: tuple[int, int]
+    ) -> list[tuple[UInt8, UInt8]]:
+        """Move the irises in the source; gives what was there. The light in them, which is a
+        reflection, moves half as far."""
+        kept = []
+        rig = self.rig
+        for i, seen in enumerate((rig.left_seen, rig.right_seen)):
+            radius, reach = float(rig.irises[i, 2]), float(rig.irises[i, 3])
+            dx, dy = (float(np.clip(v * radius, -reach, reach)) for v in gaze)
+            if blink[i] == BLINKS or not (dx or dy):
+                continue
+            x, y, width, height = _ints(rig.gaze_boxes[i])
+            big = self._luma[2 * y : 2 * (y + height), 2 * x : 2 * (x + width)]
+            small = self._chroma[y // 2 : (y + height) // 2, x // 2 : (x + width) // 2]
+            # What was put together is nearly what the portrait has; the difference goes with the
+            # first bit of the way, so that nothing jumps where an eye begins to move.
+            gone = np.float32(smoothstep(math.hypot(dx, dy) / (0.25 * radius)))
+            share = seen[blink[i]].astype(np.float32) * np.float32(1 / 255)
+            less = _resized(share, width // 2, height // 2, cv2.INTER_AREA)[..., None]
+            for view, ball, part, scale in (
+                (big, self._balls[i][0], share, 2.0),
+                (small, self._balls[i][1], less, 0.5),
+            ):
+                white, covered, iris, light, rest, own = ball
+                kept.append((view, view.copy()))
+                change = white * (1 - _slid(covered, dx * scale, dy * scale))
+                change += _slid(iris, dx * scale, dy * scale)
+                change += _slid(light, dx * scale / 2, dy * scale / 2)
+                change -= rest + (own - rest) * gone
+                change *= part
+                change += view
+                view[:] = np.clip(np.rint(change), 16, 240)
         return kept
 
     def _draw(self, out: UInt8, pose: Pose, weights: Float32, talks: bool, moves: bool) -> None:
@@ -359,6 +407,13 @@ class Puppet:
         down_y, down_x = at_y // 2, at_x // 2
         view = chroma[down_y : down_y + height // 2, down_x : down_x + width // 2]
         _blend(view, tint, small[..., None])
+
+
+def _slid(picture: Float32, dx: float, dy: float) -> Float32:
+    """`picture` moved right and down, nothing beyond its edges."""
+    move = np.array([[1.0, 0.0, dx], [0.0, 1.0, dy]])
+    size = (picture.shape[1], picture.shape[0])
+    return cast(Float32, cv2.warpAffine(picture, move, size, flags=cv2.INTER_LINEAR))
 
 
 def _at(picture: Pixels, where: Float32, outside: int = cv2.BORDER_REPLICATE) -> Pixels:
