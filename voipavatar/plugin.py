@@ -34,7 +34,7 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
-from .agentstream import ALIVE, PERSONA
+from .agentstream import ALIVE, GESTURE, PERSONA, POSE
 from .config import Persona, Settings, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
@@ -133,6 +133,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._leaving: set[asyncio.Task[None]] = set()
         self._here = asyncio.Event()
         self._trouble = ""
+        self._agent: AgentSession[Any] | None = None
+        self._pose = ""
+        self._telling: asyncio.Task[None] | None = None
         self.lost = 0
         """Times that the avatar was lost."""
 
@@ -192,6 +195,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             raise
         self._mouthpiece = mouthpiece
         agent_session.output.replace_audio_tail(mouthpiece)
+        self._agent = agent_session
+        for event in _TURNS:
+            agent_session.on(event, self._attend)
         if self._mode == "dispatch":
             self._keeper = asyncio.create_task(self._keep(room, agent), name="avatar-keeper")
 
@@ -433,6 +439,61 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 raise VoipAvatarException(f"the persona was not changed: {error.message}") from None
         self._persona = persona  # what a new worker is asked for, should this one be lost
 
+    # -- while it is silent ------------------------------------------------------------------------
+
+    async def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now, also in the middle of speech.
+
+        VoipAvatarException says why there is none.
+        """
+        if not self._here.is_set() or self._room is None:
+            raise VoipAvatarException("there is no avatar to gesture now: wait_for_join() first")
+        try:
+            if self._mode == "local":
+                self._avatar.gesture(name)
+                return
+            await self._room.local_participant.perform_rpc(
+                destination_identity=self._identity,
+                method=GESTURE,
+                payload=name,
+                response_timeout=5.0,
+            )
+        except rtc.RpcError as error:
+            raise VoipAvatarException(f"there was no gesture: {error.message}") from None
+        except VoipAvatarError as error:
+            raise VoipAvatarException(f"there was no gesture: {error}") from None
+
+    def _attend(self, _: object) -> None:
+        """The conversation's turn has changed: listen, think, or be at ease."""
+        agent = self._agent
+        if agent is None:
+            return
+        if agent.user_state == "speaking":
+            pose = "listening"
+        else:
+            pose = {"thinking": "thinking", "listening": "attentive"}.get(agent.agent_state, "")
+        if pose == self._pose:
+            return
+        self._pose = pose
+        if self._mode == "local":
+            if self._here.is_set():
+                self._avatar.pose(pose)
+        elif self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell(), name="avatar-pose")
+
+    async def _tell(self) -> None:
+        """By an attribute of the agent's own, which a worker that comes later sees too."""
+        told = None
+        while self._room is not None and told != self._pose:
+            told = self._pose
+            try:
+                await asyncio.wait_for(
+                    self._room.local_participant.set_attributes({POSE: told}), timeout=5.0
+                )
+            except Exception as error:  # a face at ease is no reason to disturb the speech
+                logger.info("a pose was not told", extra={"error": type(error).__name__})
+                return
+
     # -- waiting and ending ------------------------------------------------------------------------
 
     async def wait_for_join(self, *, timeout: float | None = 30.0) -> None:
@@ -458,6 +519,13 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
     async def _close(self) -> None:
         room = self._room
         self._here.clear()
+        if self._agent is not None:
+            for event in _TURNS:
+                self._agent.off(event, self._attend)
+            self._agent = None
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -486,6 +554,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
 
 
 # --- small things ---------------------------------------------------------------------------------
+
+_TURNS: tuple[Literal["agent_state_changed", "user_state_changed"], ...] = (
+    "agent_state_changed",
+    "user_state_changed",
+)
+"""Events of an agent's session that tell whose turn it is."""
 
 
 def _given(argument: str, value: NotGivenOr[str]) -> str:

@@ -290,6 +290,21 @@ class Session:
         self.touched = time.monotonic()
         self.stage.resume()
 
+    def pose(self, name: str) -> None:
+        """How the face is held while it doesn't speak: "attentive" while the other may speak,
+        "listening" while they do, "thinking" while an answer is looked for, "" as it likes.
+
+        It stays until another is asked for; speech goes before it, and ends a "thinking".
+        Raises InputError for another name.
+        """
+        self.touched = time.monotonic()
+        self.stage.pose(name)
+
+    def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now. InputError when there is none."""
+        self.touched = time.monotonic()
+        self.stage.gesture(name)
+
     def choose_voice(self, name: str | None) -> None:
         """Speak with this one of the persona's voices from the next text on; None is its first.
 

@@ -244,7 +244,16 @@ class Worker:
                 raise ConfigError("the avatar is not on air yet: ask again")
             await session.swap_persona(name)
 
-        stream = AgentStream(agent=order.agent, on_persona=become)
+        def pose(name: str) -> None:
+            if session is not None:
+                session.pose(name)
+
+        def gesture(name: str) -> None:
+            if session is None:
+                raise ConfigError("the avatar is not on air yet: ask again")
+            session.gesture(name)
+
+        stream = AgentStream(agent=order.agent, on_persona=become, on_pose=pose, on_gesture=gesture)
         follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,

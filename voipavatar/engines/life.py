@@ -12,6 +12,7 @@ turning, so that they stay on the viewer. Directions are as seen in the picture:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..errors import EngineError
-from ..media import Float32
+from ..media import POSES, Float32
 from .rig import HEAD, smoothstep
 
 KEPT = 128
@@ -29,6 +30,7 @@ YAW, PITCH, ROLL, SWAY, LIFT, BROW = range(len(HEAD))
 _MASK = (1 << 64) - 1
 
 
+@functools.lru_cache(maxsize=2048)
 def chance(seed: int, *parts: int) -> float:
     """0 to 1, the same on every machine (the finaliser of SplitMix64)."""
     value = seed & _MASK
@@ -221,9 +223,6 @@ GESTURES: dict[str, float] = {
 }
 """What a cue of kind "gesture" can ask for, and how long it takes in seconds."""
 
-POSES = ("", "listening", "thinking")
-"""What `Body.pose` can ask for; "" is neither."""
-
 _NOD, _SHAKE, _TILT = 0.075, 0.065, 0.045  # radians
 _SMILE = 0.75
 
@@ -281,6 +280,7 @@ _RAMPS: dict[str, tuple[float, float, float]] = {
     "stance": (0.0, 0.6, 0.9),
     "hark": (0.08, 0.12, 0.12),
     "attend": (0.08, 0.7, 0.6),
+    "agree": (0.4, 0.5, 0.5),
     "muse": (0.36, 0.08, 0.06),
     "ponder": (0.30, 0.7, 0.55),
 }
@@ -406,6 +406,7 @@ class Body:
         way = {name: self._way(state, name) for name in _RAMPS}
         silent = 1.0 - way["stance"]
         attend, ponder = way["attend"] * silent, way["ponder"] * silent
+        agree = way["agree"] * silent
         eyes_free = 1.0 - way["talk"]
         hark, muse = way["hark"] * eyes_free, way["muse"] * eyes_free
 
@@ -418,7 +419,7 @@ class Body:
             for i, part in enumerate((YAW, PITCH, ROLL)):
                 head[part] += motion * way["stance"] * turned[i]
         if attend > 0:
-            nod = life.backchannel(clock)
+            nod = agree * life.backchannel(clock) if agree > 0 else 0.0
             head[PITCH] += motion * attend * (0.006 + 0.030 * nod)
             head[ROLL] += motion * attend * 0.014 * life.side
             head[LIFT] += motion * attend * 0.006
@@ -468,8 +469,9 @@ class Body:
         wanted = {
             "talk": talking,
             "stance": talking,
-            "hark": pose == "listening",
-            "attend": pose == "listening",
+            "hark": pose in ("attentive", "listening"),
+            "attend": pose in ("attentive", "listening"),
+            "agree": pose == "listening",
             "muse": pose == "thinking" and not talking,
             "ponder": pose == "thinking" and not talking,
         }
@@ -506,7 +508,7 @@ class Body:
             new.turned = new.turns = (0.0, 0.0, 0.0)
             new.since = 0
         if was.spoken > 0.7 * fps and not talking:
-            self._blink(clock, 0.7)
+            self._blink(clock, 0.8)
 
     def _turned(self, state: _State, clock: int) -> tuple[float, float, float]:
         share = _ease((clock - state.since) / (0.8 * self._fps))
@@ -521,7 +523,7 @@ class Body:
         """A blink that something calls for, unless one is near."""
         if not self._blinking or self._motion == 0 or chance(self._seed, 16, clock) > likely:
             return
-        near = range(clock - self._fps, clock + self._fps)
+        near = range(clock - round(0.6 * self._fps), clock + round(0.7 * self._fps))
         if any(self.life.blink(one) for one in near if one >= 0):
             return
         self._blinks = [one for one in self._blinks if clock - one < KEPT + self._fps]

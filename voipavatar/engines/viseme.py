@@ -33,7 +33,7 @@ from ..errors import AvatarError, ConfigError, EngineError
 from ..facemesh import FaceMesh
 from ..facemodels import face_models
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
-from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec
+from . import Avatar, Engine, EngineInfo, EngineSession, Expressive, Job, Progress, Spec
 from .life import GESTURES, KEPT, Body
 from .puppet import Pose, Puppet
 from .rig import Landmarks, Rig, build, parse_landmarks
@@ -413,7 +413,7 @@ class VisemeEngine:
             version=VERSION,
             device="cpu",
             batch=1,
-            can=("photo", "cues", "idle"),
+            can=("photo", "cues", "idle", "poses"),
         )
 
     def prepare(
@@ -672,4 +672,5 @@ def region(avatar: Avatar) -> tuple[int, int, int, int]:
 
 # Proved by mypy: the classes are what the contract asks for.
 _session: type[EngineSession] = VisemeSession
+_expressive: type[Expressive] = VisemeSession
 _engine: type[Engine] = VisemeEngine
