@@ -775,6 +775,8 @@ def _lids(
     opening = opening * smoothstep(np.minimum(place, 1 - place) * 14)
     dark = _pull(lashes, across, (upper - rows).clip(-1, len(heights) - 1))
     opening = opening * (1 - smoothstep(dark / 0.3) * (rows < upper + 1))
+    solid = _solid(source, opening, size)[..., None]
+    opening = opening * (1 - solid[..., 0])
     seen = [opening]
     grain = _grain(bgr[y0 : y0 + box_h, x0 : x0 + box_w])[..., None]
     for step in range(1, BLINKS + 1):
@@ -821,6 +823,7 @@ def _lids(
         hairs = (hairs * smoothstep(height + 0.5) * sides * swift)[..., None]
         picture = picture * (1 - hairs) + lash * hairs
         picture = picture * (1 - amount) + lash * amount
+        picture = picture * (1 - solid) + source * solid
         border = _window(
             grid_nodes((0, 0, box_w * 2, box_h * 2), 1), (0, 0, box_w * 2, box_h * 2), 8
         )
@@ -1029,6 +1032,28 @@ def _limbus(bgr: UInt8, eye: Eye) -> tuple[Float64, Float64]:
         scores.append(clear.max())
         places.append(middles[int(clear.argmax())] + (x0, y0))
     return np.array(scores), np.array(places)
+
+
+def _solid(source: Float32, opening: Float64, size: float) -> Float64:
+    """Where something dark reaches into an eye's box from outside: a frame of glasses, hair, a
+    brow. A blink leaves it as it is. 0 to 1."""
+    luma = luma_chroma(source)[0]
+    wide = max(3, round(0.17 * size)) | 1
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (wide, wide))
+    skin = cv2.morphologyEx(luma, cv2.MORPH_CLOSE, kernel, borderType=cv2.BORDER_REPLICATE)
+    near = max(3, round(0.055 * size)) | 1
+    lashes = cv2.dilate((opening > 0.3).astype(np.uint8), np.ones((near, near), np.uint8))
+    dark = ((skin - luma > 0.35 * skin) & (lashes == 0)).astype(np.uint8)
+    count, names = cv2.connectedComponents(dark)
+    border = np.concatenate([names[0], names[-1], names[:, 0], names[:, -1]])
+    outside = np.isin(names, np.setdiff1d(np.unique(border), [0])).astype(np.uint8)
+    if count < 2 or not outside.any():
+        return np.zeros(luma.shape)
+    # What of it runs on among the lashes, as far as it is as dark and joined to it.
+    more = cv2.dilate(outside, np.ones((near, near), np.uint8)) & (skin - luma > 0.5 * skin)
+    more &= (cv2.erode(lashes, np.ones((5, 5), np.uint8)) == 0) | (outside > 0)
+    grown = cv2.dilate((outside | more).astype(np.uint8), np.ones((5, 5), np.uint8))
+    return cast(Float64, cv2.GaussianBlur(grown.astype(np.float64), (0, 0), 1.2))
 
 
 def _pull(picture: npt.NDArray[Any], x: Any, y: Any) -> npt.NDArray[Any]:
