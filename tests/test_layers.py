@@ -34,6 +34,8 @@ LAYERS = {
     "messages": 2,
     "ledger": 2,
     "faces": 3,
+    "matte": 2,
+    "sets": 2,
     "engines": 3,
     "engines.runtimes": 3,
     "engines.articulation": 3,

@@ -262,7 +262,11 @@ class Persona(_Strict):
         options: dict[str, Any] = {"width": self.width, "height": self.height, "fps": self.fps}
         if self.landmarks is not None:
             options["landmarks"] = self._landmarks()
-        return options | self.engine_options
+        options |= self.engine_options
+        behind = options.get("background")
+        if isinstance(behind, str) and self.beside(Path(behind)).is_file():
+            options["background"] = str(self.beside(Path(behind)))
+        return options
 
     def _landmarks(self) -> dict[str, Any]:
         if not isinstance(self.landmarks, Path):

@@ -112,6 +112,11 @@ class Puppet:
             )
         ]
         self._grain = np.random.default_rng(7).normal(0, 1.0, (256, 256)).astype(np.float32)
+        self._still: UInt8 = rig.image
+        self._alpha: UInt8 | None = None
+        if rig.alpha.size:
+            self._alpha = double(rig.alpha)
+            self._still = self._before(rig)
         self._columns = np.arange(width, dtype=np.float32) + x
         self._rows = (np.arange(height, dtype=np.float32) + y)[:, None]
 
@@ -126,7 +131,7 @@ class Puppet:
 
     def draw(self, pose: Pose) -> UInt8:
         """The picture, I420, its own memory."""
-        out: UInt8 = self.rig.image.copy()
+        out: UInt8 = self._still.copy()
         both = min(BLINKS, round(float(pose.blink) * BLINKS))
         blink = (max(both, min(BLINKS, round(float(pose.wink) * BLINKS))), both)
         weights = mouth_weights(pose.mouth)
@@ -212,11 +217,42 @@ class Puppet:
             luma, chroma = self._sample(nodes)
         else:
             luma, chroma = self._talking(nodes, shift, weights)
+        if self._alpha is not None:
+            self._stand(nodes, luma, chroma)
         plane, colours = planes(out)
         plane[y : y + height, x : x + width] = luma
         colours[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2] = chroma.transpose(
             2, 0, 1
         )
+
+    @staticmethod
+    def _before(rig: Rig) -> UInt8:
+        """The person as in the portrait, before what is behind."""
+        out: UInt8 = rig.behind.copy()
+        for view, person, share in zip(
+            planes(out), planes(rig.image), _shares(rig.alpha), strict=True
+        ):
+            mixed = view.astype(np.float32)
+            mixed += (person - mixed) * share
+            view[:] = np.rint(mixed)
+        return out
+
+    def _stand(self, nodes: Float32, luma: UInt8, chroma: UInt8) -> None:
+        """Put the region before what is behind, which stays while the head moves."""
+        assert self._alpha is not None
+        x, y, width, height = self._region
+        rows, columns = nodes.shape[:2]
+        full = _resized(nodes * np.float32(2.0), columns * 2, rows * 2, cv2.INTER_LINEAR)
+        cover = _at(self._alpha, full[2:-2, 2:-2])
+        plane, colours = planes(self.rig.behind)
+        part = colours[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2]
+        less = cv2.resize(cover, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+        for view, behind, share in (
+            (luma, plane[y : y + height, x : x + width], cover),
+            (chroma, np.ascontiguousarray(part.transpose(1, 2, 0)), less),
+        ):
+            mine = share.astype(np.float32) * np.float32(1 / 255)
+            view[:] = cv2.blendLinear(view, np.ascontiguousarray(behind), mine, 1 - mine)
 
     def _talking(
         self, nodes: Float32, shift: Float32 | None, weights: Float32
@@ -443,6 +479,13 @@ def _blend(under: UInt8, over: npt.NDArray[Any], share: Float32) -> None:
     base = under.astype(np.float32)
     base += (over - base) * share
     under[:] = np.rint(base)
+
+
+def _shares(alpha: UInt8) -> tuple[Float32, Float32]:
+    """How much of luma and of chroma is the person, 0 to 1."""
+    share = alpha.astype(np.float32) / 255
+    size = (alpha.shape[1] // 2, alpha.shape[0] // 2)
+    return share, _resized(share, *size, cv2.INTER_AREA)
 
 
 def _ints(box: npt.NDArray[np.int32]) -> tuple[int, int, int, int]:

@@ -338,6 +338,11 @@ class Rig:
     right_ball_luma: Float32
     right_ball_chroma: Float32
     right_seen: UInt8
+    alpha: UInt8
+    """(h, w): how much of a pixel is the person, where something else is to be behind; then `image`
+    holds the person's colours alone. (0, 0) without that."""
+    behind: UInt8
+    """What is behind, I420; (0, 0) without that."""
 
 
 INNER = (-0.36, -0.12, 0.72, 0.48)
@@ -404,6 +409,8 @@ def build(bgr: UInt8, marks: Landmarks, motion: float) -> Rig:
         right_ball_luma=balls[1].luma,
         right_ball_chroma=balls[1].chroma,
         right_seen=balls[1].seen,
+        alpha=np.zeros((0, 0), np.uint8),
+        behind=np.zeros((0, 0), np.uint8),
     )
 
 

@@ -21,7 +21,7 @@ import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -29,14 +29,16 @@ import cv2
 import numpy as np
 
 from ..config import Settings
-from ..errors import AvatarError, ConfigError, EngineError
+from ..errors import AvatarError, ConfigError, EngineError, TransportError
 from ..facemesh import FaceMesh
-from ..facemodels import face_models
+from ..facemodels import face_models, matte_model
+from ..matte import blurred, by_colours, own_colours, refined, roughly
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
+from ..sets import SETS, make_set
 from . import Avatar, Engine, EngineInfo, EngineSession, Expressive, Job, Progress, Spec
 from .life import GESTURES, KEPT, Body
 from .puppet import Pose, Puppet
-from .rig import Landmarks, Rig, build, parse_landmarks
+from .rig import Landmarks, Rig, build, parse_landmarks, to_i420
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +95,9 @@ class Options:
     """How far the mouth opens: 0.3 mumbles, 1 speaks, at most 1.5."""
     ease: float = 0.32
     """Seconds the mouth takes to close after speech, 0.04 to 2."""
-    background: tuple[int, int, int] = (208, 204, 200)
-    """Red, green, blue behind a portrait that is transparent."""
+    background: tuple[int, int, int] | str | None = None
+    """What is behind: red, green, blue; "blur"; a virtual set ("studio", "loft", "paper"); or a
+    picture's file. Without it, what the portrait has there; grey if that is transparent."""
     landmarks: dict[str, Any] | None = None
     """Where the face is, by hand; without it the face is found."""
     face_at: tuple[float, float] | None = None
@@ -124,7 +127,7 @@ def _parse(options: dict[str, Any]) -> tuple[Options, Landmarks | None]:
         if value is None or key == "landmarks":
             values[key] = value
         elif key == "background":
-            values[key] = _colour(value)
+            values[key] = _background(value)
         elif key == "face_at":
             values[key] = _place(value)
         else:
@@ -159,6 +162,16 @@ def _place(value: object) -> tuple[float, float]:
     raise ConfigError("engine option face_at must be [x, y], pixels of the portrait")
 
 
+GREY = (208, 204, 200)
+"""What is behind a transparent portrait, unless something is asked for."""
+
+
+def _background(value: object) -> tuple[int, int, int] | str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    return _colour(value)
+
+
 def _colour(value: object) -> tuple[int, int, int]:
     if (
         isinstance(value, list | tuple)
@@ -166,17 +179,30 @@ def _colour(value: object) -> tuple[int, int, int]:
         and all(isinstance(c, int) and not isinstance(c, bool) and 0 <= c <= 255 for c in value)
     ):
         return value[0], value[1], value[2]
-    raise ConfigError("engine option background must be [red, green, blue], each 0 to 255")
+    raise ConfigError(
+        "engine option background must be [red, green, blue], each 0 to 255, or blur, "
+        f"{', '.join(SETS)}, or a picture's file"
+    )
 
 
 # --- the portrait ---------------------------------------------------------------------------------
 
 
-def read_portrait(data: bytes, background: tuple[int, int, int]) -> UInt8:
+def read_portrait(data: bytes, background: tuple[int, int, int] = GREY) -> UInt8:
     """A picture file as BGR, upright as its EXIF says, over `background` where it is transparent.
 
     AvatarError when it is no picture.
     """
+    picture = _pixels(data)
+    if picture.shape[2] == 4:
+        alpha = picture[..., 3:].astype(np.float32) / 255
+        behind = np.array(background[::-1], np.float32)
+        picture = np.rint(picture[..., :3] * alpha + behind * (1 - alpha)).astype(np.uint8)
+    return np.ascontiguousarray(picture)
+
+
+def _pixels(data: bytes) -> UInt8:
+    """BGR, or BGRA where something is transparent."""
     raw = np.frombuffer(data, np.uint8)
     try:
         picture = cv2.imdecode(raw, cv2.IMREAD_UNCHANGED) if len(raw) else None
@@ -191,9 +217,8 @@ def read_portrait(data: bytes, background: tuple[int, int, int]) -> UInt8:
     if picture.shape[2] == 4:
         if picture.dtype == np.uint16:
             picture = (picture // 257).astype(np.uint8)
-        alpha = picture[..., 3:].astype(np.float32) / 255
-        behind = np.array(background[::-1], np.float32)
-        picture = np.rint(picture[..., :3] * alpha + behind * (1 - alpha)).astype(np.uint8)
+        if picture[..., 3].min() == 255:
+            picture = picture[..., :3]
     return cast(UInt8, np.ascontiguousarray(picture))
 
 
@@ -221,6 +246,51 @@ def fit(picture: UInt8, marks: Landmarks, width: int, height: int) -> tuple[UInt
     y0 = int(np.clip(round(y), 0, size[1] - height))
     crop = np.ascontiguousarray(scaled[y0 : y0 + height, x0 : x0 + width])
     return cast(UInt8, crop), marks.moved(scale, (-x0, -y0))
+
+
+def _stands(background: tuple[int, int, int] | str | None, own: UInt8 | None) -> bool:
+    """Whether the person is to be told from what is behind. Before one colour a transparent
+    portrait needs no more than to be laid on it."""
+    return background is not None and not (isinstance(background, tuple) and own is not None)
+
+
+def _behind(background: tuple[int, int, int] | str | None, picture: UInt8, alpha: Float32) -> UInt8:
+    """(H, W, 3) BGR of what an option asks for, as large as `picture`.
+
+    ConfigError when it names no picture.
+    """
+    height, width = picture.shape[:2]
+    if isinstance(background, tuple):
+        out = np.empty_like(picture)
+        out[:] = background[::-1]
+        return out
+    if background == "blur":
+        return blurred(picture, alpha)
+    if background in SETS:
+        return make_set(background, width, height)
+    return cover(_pixels(_file_of(background)), width, height)
+
+
+def _file_of(background: object) -> bytes:
+    try:
+        return Path(str(background)).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"engine option background: {background} can't be read as a picture's file "
+            f"({error.strerror or type(error).__name__}); it may also be blur, {', '.join(SETS)}, "
+            "or [red, green, blue]"
+        ) from error
+
+
+def cover(picture: UInt8, width: int, height: int) -> UInt8:
+    """The middle of a picture, as large as it must be to cover `width` x `height`; BGR."""
+    rows, columns = picture.shape[:2]
+    scale = max(width / columns, height / rows)
+    size = (max(width, round(columns * scale)), max(height, round(rows * scale)))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    scaled = cv2.resize(np.ascontiguousarray(picture[..., :3]), size, interpolation=how)
+    x, y = (size[0] - width) // 2, (size[1] - height) // 2
+    return cast(UInt8, np.ascontiguousarray(scaled[y : y + height, x : x + width]))
 
 
 def _points_of(marks: Landmarks) -> dict[str, list[list[float]]]:
@@ -436,16 +506,30 @@ class VisemeEngine:
             progress("ready", 1.0)
             return avatar
         progress("reading the portrait", 0.1)
-        picture = read_portrait(data, parsed.background)
+        pixels = _pixels(data)
+        shown = parsed.background if isinstance(parsed.background, tuple) else GREY
+        picture = read_portrait(data, shown)
         advice: list[str] = []
         given = marks is not None
         if marks is None:
             progress("finding the face", 0.15)
             marks, advice = self._find(picture, parsed, lambda what: progress(what, 0.15))
         told = _points_of(marks)
+        own = np.ascontiguousarray(pixels[..., 3]) if pixels.shape[2] == 4 else None
+        if own is not None:
+            own = fit(own, marks, parsed.width, parsed.height)[0]
         picture, marks = fit(picture, marks, parsed.width, parsed.height)
+        stands = _stands(parsed.background, own)
+        if stands:
+            progress("telling the person from the background", 0.2)
+            alpha = self._matte(picture, own, marks, advice, lambda what: progress(what, 0.2))
+            behind = _behind(parsed.background, picture, alpha)
+            picture = own_colours(picture, alpha)
         progress("finding how the face moves", 0.3)
         rig = build(picture, marks, parsed.motion)
+        if stands:
+            cover = np.rint(alpha * 255).astype(np.uint8)
+            rig = replace(rig, alpha=cover, behind=to_i420(behind))
         progress("writing", 0.9)
         _save(target, rig, key, parsed, {"advice": advice, "given": given, "landmarks": told})
         progress("ready", 1.0)
@@ -476,6 +560,38 @@ class VisemeEngine:
                 "the face in the portrait can't be used as it lies there: use one that is upright "
                 f"and looks at the viewer ({error})"
             ) from error
+
+    def _matte(
+        self,
+        picture: UInt8,
+        own: UInt8 | None,
+        marks: Landmarks,
+        advice: list[str],
+        tell: Callable[[str], None],
+    ) -> Float32:
+        """How much of each pixel is the person, 0 to 1; `own` is what the portrait says of it."""
+        if own is not None:
+            return own.astype(np.float32) / 255
+        try:
+            network = matte_model(self._settings or Settings.from_env(), tell)
+        except TransportError as error:
+            log.warning("the matte is made without its network", extra={"error": str(error)})
+            advice.append(
+                "the outline before the background was found by colours alone, since its network "
+                "can't be had: look at hair and shoulders, or use a portrait that is transparent"
+            )
+            rough = by_colours(picture, marks.box)
+        else:
+            rough = roughly(picture, network)
+            left, top, right, bottom = (round(v) for v in marks.box)
+            seen = rough[max(0, top) : bottom, max(0, left) : right]
+            if seen.mean() < 0.6:  # it knows people, not drawings of them
+                advice.append(
+                    "the network sees no person here, so the outline before the background was "
+                    "found by colours: look at it, or use a portrait that is transparent"
+                )
+                rough = by_colours(picture, marks.box)
+        return refined(picture, rough, marks.unit)
 
     def open(self, avatar: Avatar) -> VisemeSession:
         if self._closed:
@@ -521,6 +637,8 @@ def _key(source: bytes, options: Options) -> str:
         for name in ("width", "height", "motion", "background", "landmarks", "face_at")
     }
     digest = hashlib.sha256(f"viseme {VERSION}\n".encode())
+    if isinstance(options.background, str) and options.background not in ("blur", *SETS):
+        digest.update(hashlib.sha256(_file_of(options.background)).digest())
     digest.update(json.dumps(told, sort_keys=True, default=float).encode())
     digest.update(hashlib.sha256(source).digest())
     return digest.hexdigest()
