@@ -35,6 +35,9 @@ from .rig import (
 
 Pixels = TypeVar("Pixels", UInt8, Float32)
 
+_TILE = 32
+"""Pixels; where a person stands before something else, tiles that are all person cost nothing."""
+
 # --- drawing --------------------------------------------------------------------------------------
 
 
@@ -117,6 +120,8 @@ class Puppet:
         if rig.alpha.size:
             self._alpha = double(rig.alpha)
             self._still = self._before(rig)
+            self._edges = self._outline(rig)
+            self._behind = _cut(rig.behind, region)
         self._columns = np.arange(width, dtype=np.float32) + x
         self._rows = (np.arange(height, dtype=np.float32) + y)[:, None]
 
@@ -214,11 +219,11 @@ class Puppet:
             shift = _resized(small, width // 2 + 4, height // 2 + 4, cv2.INTER_LINEAR)[1:-1, 1:-1]
             nodes = nodes - shift
         if not talks:
-            luma, chroma = self._sample(nodes)
+            luma, chroma, full = self._sample(nodes)
         else:
-            luma, chroma = self._talking(nodes, shift, weights)
+            luma, chroma, full = self._talking(nodes, shift, weights)
         if self._alpha is not None:
-            self._stand(nodes, luma, chroma)
+            self._stand(full, luma, chroma)
         plane, colours = planes(out)
         plane[y : y + height, x : x + width] = luma
         colours[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2] = chroma.transpose(
@@ -237,26 +242,52 @@ class Puppet:
             view[:] = np.rint(mixed)
         return out
 
-    def _stand(self, nodes: Float32, luma: UInt8, chroma: UInt8) -> None:
-        """Put the region before what is behind, which stays while the head moves."""
-        assert self._alpha is not None
+    def _outline(self, rig: Rig) -> list[tuple[bool, int, int, int, int]]:
+        """Boxes of the region (top, bottom, left, right) in which the person isn't all there is,
+        however the head moves; True for those in which nothing of it ever is."""
         x, y, width, height = self._region
-        rows, columns = nodes.shape[:2]
-        full = _resized(nodes * np.float32(2.0), columns * 2, rows * 2, cv2.INTER_LINEAR)
-        cover = _at(self._alpha, full[2:-2, 2:-2])
-        plane, colours = planes(self.rig.behind)
-        part = colours[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2]
-        less = cv2.resize(cover, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
-        for view, behind, share in (
-            (luma, plane[y : y + height, x : x + width], cover),
-            (chroma, np.ascontiguousarray(part.transpose(1, 2, 0)), less),
-        ):
-            mine = share.astype(np.float32) * np.float32(1 / 255)
-            view[:] = cv2.blendLinear(view, np.ascontiguousarray(behind), mine, 1 - mine)
+        reach = 2 * math.ceil(0.13 * self._unit) + 1
+        kernel = np.ones((reach, reach), np.uint8)
+        part = np.ascontiguousarray(rig.alpha[y : y + height, x : x + width])
+        most, least = cv2.dilate(part, kernel), cv2.erode(part, kernel)
+        out = []
+        for top in range(0, height, _TILE):
+            bottom = min(height, top + _TILE)
+            before: bool | None = None
+            for left in range(0, width, _TILE):
+                right = min(width, left + _TILE)
+                tile = np.s_[top:bottom, left:right]
+                kind = None if least[tile].min() == 255 else not most[tile].any()
+                if kind is not None and kind == before:
+                    out[-1] = (*out[-1][:4], right)
+                elif kind is not None:
+                    out.append((kind, top, bottom, left, right))
+                before = kind
+        return out
+
+    def _stand(self, full: Float32, luma: UInt8, chroma: UInt8) -> None:
+        """Put the region before what is behind, which stays while the head moves. `full` is where
+        the luma was sampled."""
+        assert self._alpha is not None
+        for empty, top, bottom, left, right in self._edges:
+            box = np.s_[top:bottom, left:right]
+            small = np.s_[top // 2 : bottom // 2, left // 2 : right // 2]
+            if empty:
+                luma[box], chroma[small] = self._behind[0][box], self._behind[1][small]
+                continue
+            cover = _at(self._alpha, full[box])
+            size = ((right - left) // 2, (bottom - top) // 2)
+            less = cv2.resize(cover, size, interpolation=cv2.INTER_AREA)
+            for view, behind, share in (
+                (luma[box], self._behind[0][box], cover),
+                (chroma[small], self._behind[1][small], cv2.merge((less, less))),
+            ):
+                mine = cv2.multiply(view, share, scale=1 / 255)
+                view[:] = cv2.add(mine, cv2.multiply(behind, ~share, scale=1 / 255))
 
     def _talking(
         self, nodes: Float32, shift: Float32 | None, weights: Float32
-    ) -> tuple[UInt8, UInt8]:
+    ) -> tuple[UInt8, UInt8, Float32]:
         """The region with the mouth in it: two layers, and the inner mouth where they part."""
         x, y, width, height = self._mouth_box
         anchors, upper, lower = self._lips(weights, shift)
@@ -280,8 +311,8 @@ class Puppet:
         part = nodes[row : row + height // 2, column : column + width // 2]
         part[: last // 2 - 1] = over[:-1]
         part[last // 2 - 1 :] = under[(last - first) // 2 - 1 :]
-        luma, chroma = self._sample(nodes)
-        low_luma, low_chroma = self._sample(band)
+        luma, chroma, full = self._sample(nodes)
+        low_luma, low_chroma, _ = self._sample(band)
         rows = self._rows[first:last]
         share = np.clip((rows - line) / soft + np.float32(0.5), 0, 1)
         dy, dx = y - self._region[1] + first, x - self._region[0]
@@ -290,7 +321,7 @@ class Puppet:
         half = _resized(share, width // 2, (last - first) // 2, cv2.INTER_AREA)
         _blend(tones, low_chroma, half[..., None])
         self._inner_over(luma, chroma, anchors, upper, lower, weights)
-        return luma, chroma
+        return luma, chroma, full
 
     def _lips(self, weights: Float32, shift: Float32 | None) -> tuple[Float32, Float64, Float64]:
         """The mouth's frame (its origin, a point along it, a point below it), and both lips'
@@ -326,12 +357,14 @@ class Puppet:
         carried: Float32 = at * np.float32(2.0) + origin
         return carried
 
-    def _sample(self, nodes: Float32) -> tuple[UInt8, UInt8]:
-        """Luma and chroma where padded half-resolution `nodes` (h + 2, w + 2, 2) say."""
+    def _sample(self, nodes: Float32) -> tuple[UInt8, UInt8, Float32]:
+        """Luma and chroma where padded half-resolution `nodes` (h + 2, w + 2, 2) say, and those
+        places for luma, at twice the picture's resolution."""
         rows, columns = nodes.shape[:2]
         full = _resized(nodes * np.float32(2.0), columns * 2, rows * 2, cv2.INTER_LINEAR)
         half = (nodes[1:-1, 1:-1] - np.float32(0.5)) * np.float32(0.5)
-        return _at(self._luma, full[2:-2, 2:-2]), _at(self._chroma, half)
+        full = full[2:-2, 2:-2]
+        return _at(self._luma, full), _at(self._chroma, half), full
 
     def _carry_points(self, points: Float32, shift: Float32) -> Float32:
         """Where the head's motion takes points: the backward motion, inverted by iteration."""
@@ -479,6 +512,16 @@ def _blend(under: UInt8, over: npt.NDArray[Any], share: Float32) -> None:
     base = under.astype(np.float32)
     base += (over - base) * share
     under[:] = np.rint(base)
+
+
+def _cut(image: UInt8, box: tuple[int, int, int, int]) -> tuple[UInt8, UInt8]:
+    """Luma (h, w) and chroma (h/2, w/2, 2) of a box of an I420 picture, their own memory."""
+    x, y, width, height = box
+    plane, colours = planes(image)
+    part = colours[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2]
+    return plane[y : y + height, x : x + width].copy(), np.ascontiguousarray(
+        part.transpose(1, 2, 0)
+    )
 
 
 def _shares(alpha: UInt8) -> tuple[Float32, Float32]:
