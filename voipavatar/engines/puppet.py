@@ -86,7 +86,7 @@ class Puppet:
         self.rig = rig
         luma, chroma = planes(rig.image)
         self.height, self.width = luma.shape
-        self._luma = double(luma)
+        self._luma = double(luma, float(rig.boost))
         self._chroma = np.ascontiguousarray(chroma.transpose(1, 2, 0))
         region = _ints(rig.region)
         self._region = region
