@@ -433,10 +433,13 @@ class Lips:
     """Own and closed lips of every picture, against the canonical face; n pictures."""
 
     own: Float64
-    """(n, points, 2): how the control points move, see `Controls`."""
+    """(n, points, 2): how control points move, see `field_maps`: inner lips 0-19, outer lips 20-39,
+    jaw 40-62, nose and cheeks, and last the lower layer's corners of the mouth."""
     closed: Float64
     own_ring: Float64
-    """(n, 20, 2): how the inner lips move."""
+    """(n, 20, 2): how the inner lips move; a little into the lips where they part."""
+    seen_ring: Float64
+    """The same as it was seen."""
     closed_ring: Float64
     gap: Float64
     """(n,): how far the own lips are apart, in face units."""
@@ -444,18 +447,6 @@ class Lips:
     """(n,): how much of the own opening is kept at rest, 0 to 1."""
     held: bool
     """The mouth is open all the time, and hardly moves: it is the clip's way to be at rest."""
-
-
-@dataclass
-class Controls:
-    """Where the canonical face is held, in face units; the same for all pictures."""
-
-    points: tuple[Float64, Float64]
-    """Of the upper and of the lower layer."""
-    pick: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-    """For each of them, the row of what moves: inner lips 0-19 (of which 0 and 10 are corners),
-    outer lips 20-39, jaw 40-62, nose and cheeks 63-; -1 stands still."""
-    layer: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 
 
 def closed_marks(marks: Landmarks) -> Landmarks:
@@ -485,7 +476,7 @@ def compare(motion: Motion, told: Landmarks, rig: Rig, fps: int, strength: Float
     true = np.maximum(0.0, shown[19:10:-1, 1] - shown[1:10, 1])
     bias = np.maximum(0.0, seen - true)
     raw = np.maximum(0.0, ring[:, 19:10:-1, 1] - ring[:, 1:10, 1])
-    gap = raw * smoothstep((raw - bias - 0.006) / 0.030)
+    gap = raw * smoothstep((raw - bias - 0.005) / 0.016)
     middle = (ring[:, 19:10:-1] + ring[:, 1:10]) / 2
     middle = middle - middle[motion.reference]
     corners = ring[:, [0, 10]] - base[[0, 10]]
@@ -521,7 +512,7 @@ def compare(motion: Motion, told: Landmarks, rig: Rig, fps: int, strength: Float
     low, usual, high = np.percentile(ajar, [25, 50, 90])
     held = bool(low > 0.03 and high - np.percentile(ajar, 10) < 0.6 * usual)
     # Closed pictures say how a picture nearby would look if it were.
-    shutness = 1 - smoothstep((opening - 0.004) / 0.020)
+    shutness = 1 - smoothstep((opening - 0.004) / 0.012)
     shutness[~motion.usable] = 0
     whole_own = np.concatenate([closed_ring, own[:, 20:]], 1).reshape(n, -1)
     near = np.zeros_like(whole_own)
@@ -535,11 +526,21 @@ def compare(motion: Motion, told: Landmarks, rig: Rig, fps: int, strength: Float
         near[start:end] = summed / (total + 0.02)
     closed = whole_own * shutness[:, None] + near * (1 - shutness[:, None])
     closed = closed.reshape(n, -1, 2)
-    # Where lips part, their edges are skin, not what is between them.
-    inset = 0.006 * smoothstep(opening / 0.03)[:, None]
+    # Where lips part, their edges are skin, not what is between them; of a narrow gap the mesh
+    # sees least.
+    narrow = smoothstep(opening / 0.012) * (1 - smoothstep((opening - 0.05) / 0.06))
+    seen_ring = own_ring.copy()
+    inset = (0.006 * smoothstep(opening / 0.03) + 0.012 * narrow)[:, None]
     own_ring[:, 1:10, 1] -= inset
     own_ring[:, 11:, 1] += inset
     own[:, :20] = own_ring
+    # The mesh's corners lie a little inside: there, too, an open mouth is to be closed.
+    part = np.stack([gap[:, 0], gap[:, -1]], 1) * 0.25
+    corner = own_ring[:, [0, 10]].copy()
+    own[:, [0, 10], 1] -= part
+    corner[..., 1] += part
+    own = np.concatenate([own, corner], 1)
+    closed = np.concatenate([closed, closed[:, [0, 10]]], 1)
     keeps = 1.0 if held else 0.0
     openness = 1 - strength * (1 - keeps)
     back = turn * unit
@@ -547,6 +548,7 @@ def compare(motion: Motion, told: Landmarks, rig: Rig, fps: int, strength: Float
         own=own @ back,
         closed=closed @ back,
         own_ring=own_ring @ back,
+        seen_ring=seen_ring @ back,
         closed_ring=closed[:, :20] @ back,
         gap=opening,
         openness=openness,
@@ -581,6 +583,7 @@ def field_maps(rig: Rig, told: Landmarks, motion: Motion) -> tuple[tuple[int, in
     window = smoothstep(near / (0.16 * unit)).reshape(-1, 1)
     centre = np.array([jaw[11, 0], (jaw[0, 1] + jaw[11, 1]) / 2])
     maps = []
+    moving = 40 + len(jaw) + len(rest) + 2
     for lower in (False, True):
         places: list[Float64] = []
         moves: list[int] = []
@@ -588,7 +591,8 @@ def field_maps(rig: Rig, told: Landmarks, motion: Motion) -> tuple[tuple[int, in
             corner = i in (0, 10)
             if corner or lower == (i > 10):
                 places += [inner[i], outer[i]]
-                moves += [i, 20 + i]
+                # Of the corners each layer has its own, the last two rows are the lower one's.
+                moves += [moving - 2 + i // 10 if corner and lower else i, 20 + i]
             else:
                 # The other lip's place is carried along rigidly.
                 places.append(outer[i])
@@ -601,7 +605,7 @@ def field_maps(rig: Rig, told: Landmarks, motion: Motion) -> tuple[tuple[int, in
             moves.append(-1)
         points, pick = np.stack(places), np.array(moves)
         solved = spline_field(points, np.eye(len(points)), where) * window
-        out = np.zeros((len(where), 40 + len(jaw) + len(rest)))
+        out = np.zeros((len(where), moving))
         for column, row in enumerate(pick):
             if row >= 0:
                 out[:, row] += solved[:, column]
@@ -711,31 +715,39 @@ class Collector:
 
         up, low = into(upper), into(lower)
         x = np.arange(width, dtype=np.float64)
-        top = np.interp(x, up[:, 0], up[:, 1])
-        bottom = np.maximum(np.interp(x, low[:, 0], low[:, 1]), top)
-        scale = 2.0
-        margin = np.minimum(1.6 * scale, (bottom - top) / 2)
-        rows = np.clip(
-            np.arange(height, dtype=np.float64)[:, None], top + margin, bottom - margin
+        every = np.arange(height, dtype=np.float64)[:, None]
+
+        def look(rows: Float64) -> tuple[Float32, Float32]:
+            spot = np.stack(np.broadcast_arrays(x, rows), -1)
+            spot = spot @ to_picture[:, :2].T + to_picture[:, 2]
+            spot = carried(self._motion.poses[i], spot) - at
+            seen = cv2.remap(
+                part,
+                np.ascontiguousarray(spot[..., 0], np.float32),
+                np.ascontiguousarray(spot[..., 1], np.float32),
+                cv2.INTER_CUBIC,
+                borderMode=cv2.BORDER_REPLICATE,
+            )
+            return luma_chroma(seen)
+
+        mesh_top = np.interp(x, up[:, 0], up[:, 1])
+        mesh_bottom = np.maximum(np.interp(x, low[:, 0], low[:, 1]), mesh_top)
+        luma, chroma = look(every)
+        top, bottom = _between_lips(luma, chroma, mesh_top, mesh_bottom)
+        pixel = 2.0
+        margin = np.minimum(0.8 * pixel, (bottom - top) / 2)
+        rows = np.clip(every, top + margin, bottom - margin)
+        luma, chroma = look(rows)
+        ends = smoothstep((x - up[0, 0]) / (0.05 * width)) * smoothstep(
+            (up[-1, 0] - x) / (0.05 * width)
         )
-        spot = np.stack(np.broadcast_arrays(x, rows), -1) @ to_picture[:, :2].T + to_picture[:, 2]
-        pose = self._motion.poses[i]
-        spot = carried(pose, spot) - at
-        seen = cv2.remap(
-            part,
-            np.ascontiguousarray(spot[..., 0], np.float32),
-            np.ascontiguousarray(spot[..., 1], np.float32),
-            cv2.INTER_CUBIC,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-        luma, chroma = luma_chroma(seen)
-        ends = smoothstep((x - up[0, 0]) / (0.03 * width)) * smoothstep(
-            (up[-1, 0] - x) / (0.03 * width)
-        )
-        thick = smoothstep((bottom - top) / (4.0 * scale))
-        alpha = np.broadcast_to(ends * thick * 255, (height, width))
+        thick = smoothstep((bottom - top) / (4.0 * pixel))
+        # What it goes on with beyond the lips it was filmed with, gives way to what is painted.
+        reach = 0.022 * motion_unit(rig)
+        beyond = np.maximum(np.maximum(top - every, every - bottom), 0)
+        alpha = ends * thick * (1 - smoothstep(beyond / reach - 0.4)) * 255
         layer = np.concatenate([luma[..., None], chroma, alpha[..., None]], -1)
-        inside = (rows > top + margin) & (rows < bottom - margin)
+        inside = (every > top + margin) & (every < bottom - margin)
         count = int(inside.sum())
         if count < 30:
             return None
@@ -746,6 +758,40 @@ class Collector:
         gap = float((low[:, 1] - up[:, 1]).max())
         fact = np.array([gap, low[40, 1], teeth, up[40, 1]], np.float32)
         return np.clip(np.rint(layer), 0, 255).astype(np.uint8), fact
+
+
+def _between_lips(
+    luma: Float32, chroma: Float32, top: Float64, bottom: Float64
+) -> tuple[Float64, Float64]:
+    """Column by column where what is between the lips begins and ends: the mesh's edges, moved
+    inwards past what still has the lips' own colour."""
+    height, width = luma.shape
+    rows = np.arange(height)[:, None]
+    gap = float((bottom - top).max())
+    wide = (bottom - top) > 0.25 * gap
+    out = [top.copy(), bottom.copy()]
+    for lower in (False, True):
+        edge, sign = (bottom, -1.0) if lower else (top, 1.0)
+        depth = (rows - edge) * sign  # inwards
+        band = (depth < -2) & (depth > -8) & wide
+        if int(band.sum()) < 20:
+            continue
+        tone, red, blue = (
+            float(np.median(plane[band])) for plane in (luma, chroma[..., 1], chroma[..., 0])
+        )
+        unlike = np.hypot((luma - tone) / 34, (chroma[..., 1] - red) / 9)
+        unlike = np.hypot(unlike, (chroma[..., 0] - blue) / 9)
+        lip = (unlike < 1) & (depth >= 0) & (depth < 0.4 * gap)
+        # As far as it is lip without a break.
+        shift = np.zeros(width)
+        for column in np.flatnonzero(wide):
+            line = lip[:, column][depth[:, column] >= 0]
+            line = line[::-1] if lower else line
+            shift[column] = int(np.argmin(np.append(line, False)))
+        shift = cv2.GaussianBlur(shift[None], (0, 0), 0.015 * width)[0]
+        out[int(lower)] = edge + sign * shift
+    middle = (out[0] + out[1]) / 2
+    return np.minimum(out[0], middle), np.maximum(out[1], middle)
 
 
 def motion_unit(rig: Rig) -> float:
@@ -919,7 +965,7 @@ def _finish(
                 for layer, matrix in enumerate(maps):
                     out[which, layer] = (matrix @ moves).reshape(rows, columns, 2)
             file.write(out.tobytes())
-    bank = collector.bank(rig, np.asarray(rig.ring, np.float64) + lips.own_ring)
+    bank = collector.bank(rig, np.asarray(rig.ring, np.float64) + lips.seen_ring)
     arrays: dict[str, npt.NDArray[Any]] = {
         f"rig_{one.name}": getattr(rig, one.name) for one in fields(Rig)
     }
@@ -1156,9 +1202,11 @@ class FilmPuppet(Puppet):
         return raw.astype(np.float32)
 
     def _share(self, i: int, weights: Float32) -> float:
-        """How far the own lips are brought together."""
+        """How far the own lips are brought together: speech opens a mouth from closed lips, also
+        one that is open at rest."""
         kept = float(self._openness[i])
-        return 1.0 - kept * (1.0 - float(weights[MOUTH.index("shut")]))
+        active = float(smoothstep(float(np.abs(weights).max()) / 0.3))
+        return 1.0 - kept * (1.0 - float(weights[MOUTH.index("shut")])) * (1.0 - 0.75 * active)
 
     def _ring_at(self, i: int, weights: Float32) -> Float32:
         share = np.float32(self._share(i, weights))
