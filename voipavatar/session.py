@@ -53,6 +53,13 @@ EVENTS = 256
 # --- engines --------------------------------------------------------------------------------------
 
 
+def _add_file(key: Any, path: Path) -> None:
+    """A file's bytes into a hash, part by part: a clip may be large."""
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            key.update(part)
+
+
 def _viseme(settings: Settings) -> Engine:
     from .engines.viseme import VisemeEngine
 
@@ -689,7 +696,7 @@ class Studio:
         options = persona.engine_settings()
         key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         if source.is_file():
-            key.update(await asyncio.to_thread(source.read_bytes))
+            await asyncio.to_thread(_add_file, key, source)
         folder = f"{info.name}-v{info.version}"
         target = self.settings.cache_dir / "avatars" / folder / key.hexdigest()[:24]
         lock = self._preparing.setdefault(str(target), asyncio.Lock())

@@ -34,7 +34,8 @@ from ..errors import AvatarError, ConfigError, EngineError
 from ..facemesh import FaceMesh
 from ..facemodels import face_models
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
-from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec, film
+from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec, filming
+from .film import FilmPuppet
 from .puppet import Pose, Puppet
 from .rig import HEAD, Landmarks, Rig, build, parse_landmarks, smoothstep
 
@@ -592,7 +593,7 @@ class VisemeEngine:
         self, source: Path, target: Path, options: dict[str, Any], progress: Progress
     ) -> Avatar:
         parsed, marks = _parse(options)
-        if film.is_film(source):
+        if filming.is_film(source):
             return self._prepare_film(source, target, parsed, progress)
         try:
             data = source.read_bytes()
@@ -632,7 +633,7 @@ class VisemeEngine:
             raise ConfigError(
                 "`landmarks` are for a picture; in a clip the face is followed: leave them out"
             )
-        wanted = film.Wanted(
+        wanted = filming.Wanted(
             options.width,
             options.height,
             options.fps,
@@ -640,7 +641,7 @@ class VisemeEngine:
             options.face_at,
             options.seconds,
         )
-        told = asdict(wanted) | {"source": _digest(source), "film": film.FILM}
+        told = asdict(wanted) | {"source": _digest(source), "film": filming.FILM}
         key = hashlib.sha256(f"viseme {VERSION}\n".encode())
         key.update(json.dumps(told, sort_keys=True).encode())
 
@@ -649,7 +650,7 @@ class VisemeEngine:
             return FaceMesh(face_models(settings, lambda what: progress(what, 0.03)))
 
         data = {"engine": "viseme", "version": VERSION}
-        film.prepare(source, target, key.hexdigest(), data, wanted, mesh, progress)
+        filming.prepare(source, target, key.hexdigest(), data, wanted, mesh, _points_of, progress)
         return Avatar(target, options.width, options.height, _settings(options))
 
     def _find(
@@ -690,7 +691,7 @@ class VisemeEngine:
             puppet = self._puppets.get(name)
             if puppet is None:
                 if "film" in manifest:
-                    puppet = film.FilmPuppet(avatar.path)
+                    puppet = FilmPuppet(avatar.path)
                 else:
                     puppet = Puppet(_load(avatar.path, manifest))
                 self._puppets[name] = puppet
