@@ -53,13 +53,6 @@ EVENTS = 256
 # --- engines --------------------------------------------------------------------------------------
 
 
-def _add_file(key: Any, path: Path) -> None:
-    """A file's bytes into a hash, part by part: a clip may be large."""
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            key.update(part)
-
-
 def _viseme(settings: Settings) -> Engine:
     from .engines.viseme import VisemeEngine
 
@@ -696,7 +689,9 @@ class Studio:
         options = persona.engine_settings()
         key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         if source.is_file():
-            await asyncio.to_thread(_add_file, key, source)
+            from .avatar import known_digest
+
+            key.update((await asyncio.to_thread(known_digest, source)).encode())
         folder = f"{info.name}-v{info.version}"
         target = self.settings.cache_dir / "avatars" / folder / key.hexdigest()[:24]
         lock = self._preparing.setdefault(str(target), asyncio.Lock())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -92,8 +93,8 @@ class FilmPuppet(Puppet):
         try:
             with np.load(folder / ARRAYS, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-            self._pictures = (folder / PICTURES).open("rb", buffering=0)
-            self._fields = (folder / FIELDS).open("rb", buffering=0)
+            self._pictures = _opened(self, folder / PICTURES)
+            self._fields = _opened(self, folder / FIELDS)
         except (OSError, ValueError, KeyError) as error:
             raise AvatarError(
                 f"the prepared avatar in {folder} is damaged: prepare it again"
@@ -342,11 +343,18 @@ class FilmPuppet(Puppet):
         paint += (mixed[..., :3] - paint) * cover
 
 
-def _read(file: Any, into: memoryview, at: int) -> None:
+def _opened(owner: object, path: Path) -> int:
+    """A file that stays open as long as `owner` lives."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    weakref.finalize(owner, os.close, file)
+    return file
+
+
+def _read(file: int, into: memoryview, at: int) -> None:
     """Fill `into` from a place in a file, without moving its position: drawing keeps no state."""
     done = 0
     while done < len(into):
-        got = os.preadv(file.fileno(), [into[done:]], at + done)
+        got = os.preadv(file, [into[done:]], at + done)
         if got <= 0:
             raise AvatarError("the prepared avatar is damaged: prepare it again")
         done += got

@@ -145,6 +145,8 @@ def analyse(seen: Track, size: tuple[int, int], points: Float64, fps: int) -> Mo
     width, height = size
     n = len(points)
     usable = seen.presence >= 0
+    # Where no face is, some face stands in, so that all arithmetic is sound; it is not used.
+    points = np.where(usable[:, None, None], points, points[int(np.argmax(usable))])
     units = np.linalg.norm(points[:, 263] - points[:, 33], axis=1)
     usable &= units >= 40
     for one in np.flatnonzero(usable):
@@ -270,6 +272,10 @@ def compare(motion: Motion, told: Landmarks, rig: Rig, fps: int, strength: Float
     true = np.maximum(0.0, shown[19:10:-1, 1] - shown[1:10, 1])
     bias = np.maximum(0.0, seen - true)
     raw = np.maximum(0.0, ring[:, 19:10:-1, 1] - ring[:, 1:10, 1])
+    # The reference was chosen for its small gap: those that are nearly as small are closed, too.
+    alike = motion.usable & ((raw - seen).max(1) < 0.015)
+    if true.max() < 0.004 and alike.any():
+        bias = np.maximum(bias, np.percentile(raw[alike], 90, axis=0))
     gap = raw * smoothstep((raw - bias - 0.005) / 0.016)
     middle = (ring[:, 19:10:-1] + ring[:, 1:10]) / 2
     middle = middle - middle[motion.reference]

@@ -29,6 +29,7 @@ from typing import Any, Protocol, cast
 import cv2
 import numpy as np
 
+from ..avatar import known_digest
 from ..config import Settings
 from ..errors import AvatarError, ConfigError, EngineError
 from ..facemesh import FaceMesh
@@ -641,7 +642,7 @@ class VisemeEngine:
             options.face_at,
             options.seconds,
         )
-        told = asdict(wanted) | {"source": _digest(source), "film": filming.FILM}
+        told = asdict(wanted) | {"source": known_digest(source), "film": filming.FILM}
         key = hashlib.sha256(f"viseme {VERSION}\n".encode())
         key.update(json.dumps(told, sort_keys=True).encode())
 
