@@ -698,6 +698,14 @@ class Studio:
         async with lock:
             return await renderer.prepare(source, target, options, progress or _quiet)
 
+    async def probe(self, persona: Persona) -> None:
+        """Draw one picture that nobody sees; an engine that was failing is well again then.
+
+        Raises what the engine raises.
+        """
+        renderer = await self.renderer(persona.engine)
+        await renderer.probe(await self.prepare(persona))
+
     async def voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
         """The voice of these choices, loaded once. ConfigError when none of them is there."""
         key = json.dumps([choice.model_dump() for choice in choices], sort_keys=True)

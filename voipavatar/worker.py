@@ -25,7 +25,7 @@ from livekit.agents import AgentServer, JobContext, JobExecutorType, JobRequest
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 
 from . import metrics
-from .agentstream import AgentStream
+from .agentstream import DISPATCH, AgentStream
 from .config import Settings, load_persona
 from .errors import CapacityError, ConfigError, VoipAvatarError
 from .feed import fed, options_for, queue_of
@@ -45,6 +45,10 @@ ENCODING = 0.2
 """Cores that encoding one room's picture and sound take, for reckoning the capacity."""
 FAREWELL = 2.0
 """Seconds for what is being said when an avatar leaves."""
+FULL = 0.98
+"""The load of a worker that has no room left."""
+PROBE = 5.0
+"""Seconds between two attempts to draw with an engine that is failing."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._taken: dict[str, float] = {}  # job id: when it was accepted
         self._draining = False
+        self._api: api.LiveKitAPI | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -144,7 +150,18 @@ class Worker:
                 port=0,
             )
             server.rtc_session(agent_name=self.agent_name, on_request=self._request)(self._entry)
+            self._api = await undo.enter_async_context(
+                api.LiveKitAPI(
+                    self.settings.livekit_url,
+                    self.settings.livekit_api_key,
+                    self.settings.livekit_api_secret,
+                    timeout=aiohttp.ClientTimeout(total=5.0),
+                )
+            )
+            undo.push_async_callback(self._told)
             await self._listen(undo)
+            mending = asyncio.create_task(self._mend(studio), name="worker-mend")
+            undo.push_async_callback(_ended, mending)
             serving = asyncio.create_task(server.run(), name="worker-server")
             try:
                 server.on("worker_registered", lambda *_: self._registered())
@@ -170,20 +187,61 @@ class Worker:
             logger.warning("rooms were still open when the time to drain was over")
         await server.aclose()
 
+    async def _mend(self, studio: Studio) -> None:
+        """An engine that fails is tried again: with no room open nothing else would draw."""
+        while True:
+            await asyncio.sleep(PROBE)
+            if studio.health()["status"] == "ok":
+                continue
+            try:
+                await studio.probe(load_persona(self._personas[0], self.settings))
+                logger.info("the engine draws again")
+            except Exception as error:  # an engine is a plug-in; /health goes on telling
+                logger.info("the engine still fails", extra={"error": type(error).__name__})
+
     # -- who gets in -------------------------------------------------------------------------------
 
     def _load(self, server: AgentServer) -> float:
-        return min(1.0, len(self._taken) / max(1, self.capacity))
+        """Never quite 1: the server asks no worker that says so, and drops the room in silence,
+        where one that is asked can tell why not."""
+        return min(FULL, len(self._taken) / max(1, self.capacity))
 
     def refusal(self) -> str | None:
         """Why no further room is taken now."""
         if self._draining:
             return "draining"
         if len(self._taken) >= self.capacity:
-            return "full"
+            return f"full ({len(self._taken)} of {self.capacity} rooms)"
         if self._studio is None or self._studio.health()["status"] != "ok":
             return "the engine is failing"
         return None
+
+    def _tell(self, room: str, order: Order, state: str, reason: str = "") -> None:
+        """Let who asked know what became of it: the LiveKit server doesn't."""
+        if not order.request or self._api is None:
+            return
+        news = {"request": order.request, "state": state, "reason": reason}
+        packet = api.SendDataRequest(
+            room=room,
+            data=json.dumps(news).encode(),
+            topic=DISPATCH,
+            destination_identities=[order.agent] if order.agent else [],
+        )
+        task = asyncio.create_task(self._send(packet), name="worker-tell")
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _send(self, packet: api.SendDataRequest) -> None:
+        assert self._api is not None
+        try:
+            await self._api.room.send_data(packet)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            # Whoever asked has a time limit of its own.
+            logger.info("who asked was not told", extra={"error": type(error).__name__})
+
+    async def _told(self) -> None:
+        if self._telling:
+            await asyncio.wait(self._telling, timeout=5.0)
 
     async def _request(self, request: JobRequest) -> None:
         """Take a room, or pass it on to another worker."""
@@ -201,6 +259,7 @@ class Worker:
             metrics.SESSIONS_REFUSED.inc()
             logger.info("a room was passed on", extra={"reason": reason})
             await request.reject(terminate=False)
+            self._tell(request.job.room.name, order, "refused", reason)
             return
         self._taken[request.id] = time.monotonic()  # before anything is awaited: the cap is hard
         try:
@@ -212,6 +271,7 @@ class Worker:
         except BaseException:
             self._taken.pop(request.id, None)
             raise
+        self._tell(request.job.room.name, order, "taken")
 
     # -- one room ----------------------------------------------------------------------------------
 
@@ -231,13 +291,16 @@ class Worker:
             job.shutdown("the avatar has left")
 
     async def _serve(self, job: Any) -> None:
+        order = Order.parse(job.metadata)
         try:
-            if await self._avatar(job.id, job.room.name, Order.parse(job.metadata)) == "shutdown":
+            if await self._avatar(job.id, job.room.name, order) == "shutdown":
                 await self._ask_another(job)
         except CapacityError as error:
             logger.warning("a room could not be taken after all", extra={"reason": str(error)})
+            self._tell(job.room.name, order, "failed", str(error))
         except VoipAvatarError as error:
             logger.error("an avatar failed", extra={"error": str(error)})
+            self._tell(job.room.name, order, "failed", str(error))
         finally:
             self._taken.pop(job.id, None)
 
@@ -385,6 +448,11 @@ def _wanted(room: rtc.Room | None, follow: str) -> bool:
         and ATTRIBUTE_PUBLISH_ON_BEHALF not in one.attributes
         for one in room.remote_participants.values()
     )
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _measure(studio: Studio, name: str) -> int:
