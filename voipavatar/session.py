@@ -544,6 +544,8 @@ class Studio:
         self.sessions: dict[str, Session] = {}
         self.on_open: list[Callable[[Session], None]] = []
         """Called with every session that went on air; must return at once."""
+        self.queues: list[Callable[[], dict[str, Any]]] = []
+        """What health tells of each queue that sessions speak from; whoever feeds them adds it."""
         self._renderers: dict[str, Renderer] = {}
         self._voices: dict[str, asyncio.Task[tts.TTS[Any]]] = {}
         self._rented: dict[str, Renderer] = {}
@@ -698,6 +700,14 @@ class Studio:
         async with lock:
             return await renderer.prepare(source, target, options, progress or _quiet)
 
+    async def probe(self, persona: Persona) -> None:
+        """Draw one picture that nobody sees; an engine that was failing is well again then.
+
+        Raises what the engine raises.
+        """
+        renderer = await self.renderer(persona.engine)
+        await renderer.probe(await self.prepare(persona))
+
     async def voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
         """The voice of these choices, loaded once. ConfigError when none of them is there."""
         key = json.dumps([choice.model_dump() for choice in choices], sort_keys=True)
@@ -736,6 +746,7 @@ class Studio:
             "status": "failing" if failing else "ok",
             "sessions": len(self.sessions),
             "engines": engines,
+            "queues": [tell() for tell in self.queues],
         }
 
     async def aclose(self, drain: float = 0.0) -> None:
