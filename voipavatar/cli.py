@@ -569,6 +569,9 @@ async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> di
 
         async with Studio(settings) as studio:
             avatar = await studio.prepare(who, progress)
+            for name in who.idles:
+                tell(f"preparing {who.name}: {name}")
+                await studio.prepare(who.look(name))
         advice: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             manifest = json.loads((avatar.path / "manifest.json").read_text("utf-8"))

@@ -68,6 +68,9 @@ class Session(Protocol):
     async def swap_persona(self, persona: Persona | str) -> None:
         """Become another persona on air."""
 
+    async def choose_idle(self, name: str) -> None:
+        """Take on another of the persona's looks. InputError for one that it hasn't."""
+
     def status(self) -> dict[str, Any]: ...
     def events(self) -> AsyncIterator[dict[str, Any]]: ...
     async def aclose(self, drain: float = 0) -> None: ...
