@@ -263,6 +263,7 @@ class FakeStudio:
         self.sessions: dict[str, FakeSession] = {}
         self.opened: list[FakeSession] = []
         self.on_open: list[Any] = []
+        self.queues: list[Any] = []
         self.word = word
         self.capacity = capacity
 

@@ -145,11 +145,13 @@ async def working(
 class Client:
     """Sends to a queue and hears its events, over a connection of its own."""
 
-    def __init__(self, url: str, options: QueueOptions) -> None:
+    def __init__(self, url: str, options: QueueOptions, session: str | None = None) -> None:
+        """Hears of `session`; by default of that which has the queue's name, "*" is all."""
         self.events: list[Event] = []
         self.raw: list[AbstractIncomingMessage] = []
         self.options = options
         self._url = url
+        self._session = session or options.queue
         self._connection: AbstractRobustConnection | None = None
         self._channel: AbstractChannel | None = None
         self._new = asyncio.Event()
@@ -163,7 +165,7 @@ class Client:
             self.options.events, aio_pika.ExchangeType.TOPIC, durable=True
         )
         queue = await self._channel.declare_queue(f"ear-{uuid.uuid4().hex[:8]}", durable=True)
-        await queue.bind(exchange, f"session.{self.options.queue}.*")
+        await queue.bind(exchange, f"session.{self._session}.*")
         await queue.consume(self._heard, no_ack=False)
         return self
 
@@ -172,8 +174,11 @@ class Client:
         await self._connection.close()
 
     async def _heard(self, message: AbstractIncomingMessage) -> None:
-        self.raw.append(message)
-        self.events.append(read_event(message.body))
+        event = read_event(message.body)
+        assert event.queue is not None
+        if event.queue == self.options.queue:
+            self.raw.append(message)
+            self.events.append(event)
         self._new.set()
         with contextlib.suppress(Exception):
             await message.ack()

@@ -751,19 +751,43 @@ async def test_what_was_heard_for_the_most_part_is_not_said_again(
             assert not second.watch.turns
 
 
-async def test_closing_gives_back_what_was_not_begun(
+async def test_closing_hands_over_what_was_not_begun_and_in_order(
     options: QueueOptions, client: Client, tmp_path: Path
 ) -> None:
-    ids = [f"c{i}" for i in range(4)]
-    async with working(options, tmp_path) as first:
+    """A standby waits for it: it begins when the one that leaves has ended, with what is next."""
+    ids = [f"c{i}" for i in range(8)]
+    async with working(options, tmp_path) as first, working(options, tmp_path) as standby:
         for id in ids:
-            await client.send(audio(1.5, id))
+            await client.send(audio(0.6, id))
         await client.until(lambda: "c0" in client.order())
         await first.feed.aclose(drain=10)
-    assert client.ends("c0") and not client.ends("c3")
-    async with working(options, tmp_path):
-        assert await client.ended(*ids) == ["finished"] * 4
-        assert client.order() == ids
+        said = len(first.watch.turns)
+        assert 0 < said < 8
+        assert await client.ended(*ids) == ["finished"] * 8
+        assert client.order() == client.order("finished") == ids
+        assert len(first.watch.turns) == said and len(standby.watch.turns) == 8 - said
+        last, next = client.ends(ids[said - 1])[0], client.of(ids[said])
+        assert next[-1].at > last.at
+        assert min(one.at for one in next if one.type == "started") >= last.at
+    assert not await client.dead()
+
+
+async def test_an_order_is_obeyed_while_it_closes(
+    options: QueueOptions, client: Client, tmp_path: Path
+) -> None:
+    ids = [f"d{i}" for i in range(8)]
+    async with working(options, tmp_path) as rig:
+        for id in ids:
+            await client.send(audio(20, id))
+        await client.until(lambda: "d0" in client.order())
+        closing = asyncio.create_task(rig.feed.aclose(drain=30))
+        await asyncio.sleep(0.3)
+        assert not closing.done()
+        stop = {"type": "control", "command": "stop", "message_id": "stop"}
+        await client.send(stop, to=options.control)
+        assert await client.ended("stop", *ids, timeout=10) == ["finished"] + ["interrupted"] * 8
+        await asyncio.wait_for(closing, 10)
+        assert client.order() == ["d0"]
 
 
 # --- the ledger under it --------------------------------------------------------------------------

@@ -340,6 +340,30 @@ class FaceMesh:
         """One quick look about where the face was: (468, 3), as `Found.points`."""
         return self._look(picture, *_frame(near.points))[0]
 
+    def follow(self, picture: UInt8, points: Float64) -> tuple[Float64, float]:
+        """The face of the picture before in the next one of a clip: (468, 3), and `presence`.
+
+        Three looks about where it was: a tenth of the work of `again`, for a track that is
+        smoothed later.
+        """
+        centre, side, angle = _frame(points)
+        # Only what the looks see: large pictures are averaged down before they are turned.
+        reach = 0.85 * side
+        height, width = picture.shape[:2]
+        left, top = (max(0, math.floor(v - reach)) for v in centre)
+        right, bottom = (
+            min(size, math.ceil(v + reach)) for v, size in zip(centre, (width, height), strict=True)
+        )
+        if right - left < 8 or bottom - top < 8:
+            return points, 0.0
+        part = np.ascontiguousarray(picture[top:bottom, left:right])
+        looks = []
+        for turn, dx, dy, scale in self.LOOKS[:3]:
+            middle = (centre[0] + dx * side - left, centre[1] + dy * side - top)
+            looks.append(self._look(part, middle, side * scale, angle + math.radians(turn)))
+        found = np.mean([one[0] for one in looks], 0) + (left, top, 0)
+        return found, float(np.mean([one[1] for one in looks]))
+
     def again(self, picture: UInt8, before: Found) -> Found:
         """The same face in the next picture of a clip, or in another pose."""
         return self._finish(picture, before.points, before.score, ())

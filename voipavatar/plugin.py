@@ -19,7 +19,7 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import aiohttp
 from livekit import api, rtc
@@ -72,6 +72,12 @@ class AvatarJoinTimeout(VoipAvatarException, asyncio.TimeoutError):
     """The avatar did not come in time, or every worker refused it; the message gives the reason."""
 
 
+class OpensAvatars(Protocol):
+    """What a local avatar is opened by: a `Studio`, or one that stands for it."""
+
+    async def open(self, persona: str | Persona, *, room: RoomOptions) -> Any: ...
+
+
 class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
     """One avatar for one `AgentSession`.
 
@@ -88,7 +94,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         avatar_participant_identity: NotGivenOr[str] = NOT_GIVEN,
         avatar_participant_name: NotGivenOr[str] = NOT_GIVEN,
         join_timeout: NotGivenOr[float] = NOT_GIVEN,
-        studio: NotGivenOr[Studio] = NOT_GIVEN,
+        studio: NotGivenOr[OpensAvatars] = NOT_GIVEN,
         conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS,
     ) -> None:
         """Everything has a default.
@@ -121,7 +127,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._identity = avatar_participant_identity or IDENTITY
         self._name = avatar_participant_name or ""
         self._join_timeout = join_timeout if isinstance(join_timeout, (int, float)) else 20.0
-        self._studio = studio if isinstance(studio, Studio) else None
+        self._studio: OpensAvatars | None = studio or None
         self._own_studio: Studio | None = None
         self._conn_options = conn_options
         self._started = False

@@ -544,6 +544,8 @@ class Studio:
         self.sessions: dict[str, Session] = {}
         self.on_open: list[Callable[[Session], None]] = []
         """Called with every session that went on air; must return at once."""
+        self.queues: list[Callable[[], dict[str, Any]]] = []
+        """What health tells of each queue that sessions speak from; whoever feeds them adds it."""
         self._renderers: dict[str, Renderer] = {}
         self._voices: dict[str, asyncio.Task[tts.TTS[Any]]] = {}
         self._rented: dict[str, Renderer] = {}
@@ -742,6 +744,7 @@ class Studio:
             "status": "failing" if failing else "ok",
             "sessions": len(self.sessions),
             "engines": engines,
+            "queues": [tell() for tell in self.queues],
         }
 
     async def aclose(self, drain: float = 0.0) -> None:

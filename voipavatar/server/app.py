@@ -188,6 +188,7 @@ class _Routes:
         get("/vendor/{name}", include_in_schema=False)(self.vendor)
         get("/health", tags=["server"])(self.health)
         get("/metrics", tags=["server"], response_class=Response)(self.metrics)
+        get("/queues", tags=["server"])(self.queues)
         get("/personas", tags=["personas"])(self.personas)
         get("/personas/{name}/portrait", tags=["personas"], responses=_PROBLEM)(self.portrait)
         get("/sessions", tags=["sessions"])(self.list)
@@ -259,7 +260,12 @@ class _Routes:
             sessions=len(self._desk),
             max_sessions=self._settings.max_sessions,
             token=bool(self._settings.token),
+            queues={one["queue"]: one["broker"] for one in await self.queues()},
         )
+
+    async def queues(self) -> Sequence[dict[str, Any]]:
+        """The RabbitMQ queues that sessions speak from: the broker's state, and what was counted."""
+        return [tell() for tell in self._desk.queues]
 
     async def metrics(self) -> Response:
         """Counters and latencies, for Prometheus."""

@@ -6,7 +6,7 @@ Stated as protocols so that the routes depend on a dozen verbs, and a test can h
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..config import Persona, VoiceChoice
@@ -78,6 +78,9 @@ class Studio(Protocol):
 
     @property
     def sessions(self) -> Mapping[str, Any]: ...
+    @property
+    def queues(self) -> Sequence[Callable[[], dict[str, Any]]]:
+        """Each tells of a queue that sessions speak from: `queue`, `broker` and more."""
 
     async def open(
         self,

@@ -30,6 +30,10 @@ class Health(BaseModel):
     sessions: int
     max_sessions: int
     token: bool = Field(description="whether requests need a bearer token")
+    queues: dict[str, str] = Field(
+        default_factory=dict,
+        description="the RabbitMQ queues that sessions speak from: up, or down without a broker",
+    )
 
 
 class VoiceInfo(BaseModel):
