@@ -18,7 +18,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import aiohttp
@@ -197,6 +197,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             await super().start(agent_session, room)
             self._room_name, agent = _place(room)
             self._voice = VoiceOnly(room)
+            agent_session.on("close", self._session_over)
             mouthpiece = Mouthpiece(self._join_timeout + 2.0)
             mouthpiece.otherwise(self._no_avatar)
             if self._mode == "local":
@@ -450,9 +451,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             self._mouthpiece.take_over(self._voice, alive)
         wire, self._wire = self._wire, None
         if wire is not None:
-            task = asyncio.ensure_future(wire.aclose())
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._spawn(wire.aclose())
         if not news:  # asked for again in vain
             logger.info("there is still no avatar", extra={"reason": reason})
             return
@@ -493,18 +492,17 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         That it won't come is told as soon as it is known, where that is before `timeout`. Waiting
         for one that was lost goes on, since it is asked for again.
         """
-        begin, lost = time.monotonic(), self.lost
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        lost = self.lost
         try:
             while not self._here.is_set():
-                if not lost and self.lost:
+                left = end - time.monotonic()
+                if left <= 0 or (not lost and self.lost):
                     raise asyncio.TimeoutError
-                left = 0.1 if timeout is None else min(0.1, begin + timeout - time.monotonic())
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._here.wait(), max(0.0, left))
-                if left <= 0 and not self._here.is_set():
-                    raise asyncio.TimeoutError
-            left = None if timeout is None else max(0.1, begin + timeout - time.monotonic())
-            await super().wait_for_join(timeout=left)
+                    await asyncio.wait_for(self._here.wait(), min(0.1, left))
+            left = end - time.monotonic()
+            await super().wait_for_join(timeout=None if timeout is None else max(0.1, left))
         except asyncio.TimeoutError:
             raise AvatarJoinTimeout(
                 self._trouble
@@ -517,6 +515,17 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name="avatar-close")
         await asyncio.shield(self._closing)
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+    def _session_over(self, _: Any) -> None:
+        """The agent that went on without its avatar has said its last word."""
+        if self._closing is not None and self._voice is not None:
+            self._spawn(self._voice.aclose())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="avatar-leave")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def _close(self) -> None:
         room = self._room
