@@ -17,7 +17,7 @@ import numpy as np
 
 from .config import Persona, Settings, load_persona
 from .engines import Spec
-from .errors import VoipAvatarError
+from .errors import ConfigError, VoipAvatarError
 from .livekit_server import LiveKitServer
 from .media import FRAME_RATE, Frame, Int16
 from .room import RoomOptions
@@ -341,7 +341,12 @@ class _Server:
 
 
 async def engine(
-    settings: Settings, *, persona: str = "default", seconds: float = 10.0, tell: Tell = _quiet
+    settings: Settings,
+    *,
+    persona: str = "default",
+    seconds: float = 10.0,
+    size: tuple[int, int] | None = None,
+    tell: Tell = _quiet,
 ) -> Mapping[str, Any]:
     """Milliseconds a picture, idle and talking, and how many sessions one core would carry.
 
@@ -350,6 +355,12 @@ async def engine(
     found: dict[str, Any] = machine() | {"persona": persona}
     async with Studio(settings) as studio:
         who = load_persona(persona, settings)
+        if size is not None:
+            shape = {"width": size[0], "height": size[1]}
+            try:
+                who = Persona.model_validate(who.model_dump() | shape)
+            except ValueError as error:
+                raise ConfigError(f"a picture can't be {size[0]}x{size[1]}: {error}") from None
         avatar = await studio.prepare(who)
         renderer = await studio.renderer(who.engine)
 

@@ -869,13 +869,19 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
 )
 @click.option("--engine", "name", help="musetalk: its own measurement, with options of its own.")
 @click.option("--persona", default="default", show_default=True)
+@click.option("--size", help="WIDTHxHEIGHT of the picture, as 1920x1080; the persona's own.")
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def bench_engine(
-    context: click.Context, name: str | None, persona: str, seconds: float, as_json: bool
+    context: click.Context,
+    name: str | None,
+    persona: str,
+    size: str | None,
+    seconds: float,
+    as_json: bool,
 ) -> int:
-    """Pictures a second that a persona's engine makes here.
+    """Milliseconds a picture of a persona's engine takes here, and sessions a core.
 
     With `--engine musetalk` it is `bench musetalk`, which has more options (--runtime, --recipe).
     """
@@ -890,7 +896,16 @@ def bench_engine(
     if context.args:
         raise click.UsageError(f"No such option: {context.args[0]}")
     chosen = name if name not in (None, "viseme") else persona
-    return _bench("engine", context.obj, as_json, persona=chosen, seconds=seconds)
+    return _bench("engine", context.obj, as_json, persona=chosen, seconds=seconds, size=_size(size))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, by, height = text.lower().partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter("give WIDTHxHEIGHT, as 1920x1080", param_hint="--size")
+    return int(width), int(height)
 
 
 @bench.command("broadcast")
