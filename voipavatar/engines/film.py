@@ -416,7 +416,9 @@ def _reference(points: Float64, usable: npt.NDArray[np.bool_], units: Float64) -
     """The picture that speaks for all: mouth closed, eyes open, from the front, held as usual."""
     gap = _gaps(points).max(1) / units
     lids = np.linalg.norm(points[:, [159, 386]] - points[:, [145, 374]], axis=2).mean(1) / units
-    yaw = np.array([_found(one).yaw if ok else 90.0 for one, ok in zip(points, usable, strict=True)])
+    yaw = np.array(
+        [_found(one).yaw if ok else 90.0 for one, ok in zip(points, usable, strict=True)]
+    )
     usual = np.median(points[usable].mean(1), 0)
     away = np.linalg.norm(points.mean(1) - usual, axis=1) / units
     open_eyes = float(np.median(lids[usable]))
@@ -529,8 +531,10 @@ def compare(motion: Motion, told: Landmarks, rig: Rig, fps: int, strength: Float
         weight = shutness[start:end, None]
         spread = 0.45 * fps
         total = _gauss(weight, spread) if end - start > 1 else weight
-        summed = _gauss(weight * whole_own[start:end], spread) if end - start > 1 else (
-            weight * whole_own[start:end]
+        summed = (
+            _gauss(weight * whole_own[start:end], spread)
+            if end - start > 1
+            else (weight * whole_own[start:end])
         )
         near[start:end] = summed / (total + 0.02)
     closed = whole_own * shutness[:, None] + near * (1 - shutness[:, None])
@@ -715,9 +719,7 @@ class Collector:
         bottom = np.maximum(np.interp(x, low[:, 0], low[:, 1]), top)
         scale = 2.0
         margin = np.minimum(1.6 * scale, (bottom - top) / 2)
-        rows = np.clip(
-            np.arange(height, dtype=np.float64)[:, None], top + margin, bottom - margin
-        )
+        rows = np.clip(np.arange(height, dtype=np.float64)[:, None], top + margin, bottom - margin)
         spot = np.stack(np.broadcast_arrays(x, rows), -1) @ to_picture[:, :2].T + to_picture[:, 2]
         pose = self._motion.poses[i]
         spot = carried(pose, spot) - at
@@ -961,9 +963,7 @@ def _finish(
     )
 
 
-def _look_closely(
-    looker: FaceMesh, reference: UInt8, motion: Motion
-) -> tuple[Landmarks, Found]:
+def _look_closely(looker: FaceMesh, reference: UInt8, motion: Motion) -> tuple[Landmarks, Found]:
     """The reference's face by everything that is known about faces."""
     at = carried(motion.poses[motion.reference], motion.local[motion.reference])
     found = looker.again(reference, _found(at))
@@ -1189,13 +1189,14 @@ class FilmPuppet(Puppet):
         chroma = np.empty((height // 2, width // 2, 2), np.uint8)
         luma[:last], chroma[: last // 2] = self._taken(plane, colours, over_from)
         low_luma, low_chroma = self._taken(plane, colours, under_from)
-        luma[last:], chroma[last // 2 :] = low_luma[last - first :], low_chroma[(last - first) // 2 :]
+        luma[last:], chroma[last // 2 :] = (
+            low_luma[last - first :],
+            low_chroma[(last - first) // 2 :],
+        )
         rows = np.arange(y + first, y + last, dtype=np.float32)[:, None]
         share = np.clip((rows - line) / soft + np.float32(0.5), 0, 1)
         _mix(luma[first:last], low_luma[: last - first], share)
-        half = cv2.resize(
-            share, (width // 2, (last - first) // 2), interpolation=cv2.INTER_AREA
-        )
+        half = cv2.resize(share, (width // 2, (last - first) // 2), interpolation=cv2.INTER_AREA)
         _mix(
             chroma[first // 2 : last // 2],
             low_chroma[: (last - first) // 2],
@@ -1338,9 +1339,7 @@ class FilmPuppet(Puppet):
                 borderMode=cv2.BORDER_REPLICATE,
             )
             mixed += seen.astype(np.float32) * np.float32(share / total)
-        cover = mixed[..., 3:] * np.float32(
-            float(smoothstep(float(likely.max()) / 0.3)) / 255
-        )
+        cover = mixed[..., 3:] * np.float32(float(smoothstep(float(likely.max()) / 0.3)) / 255)
         paint += (mixed[..., :3] - paint) * cover
 
 

@@ -368,7 +368,6 @@ class Puppet:
         view = chroma[down_y : down_y + height // 2, down_x : down_x + width // 2]
         _blend(view, tint, small[..., None])
 
-
     def _seen_inside(
         self, paint: Float32, place: Float64, upper: Float64, lower: Float64, weights: Float32
     ) -> None:
