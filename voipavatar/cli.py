@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -75,6 +77,7 @@ class _Group(click.Group):
         ("voipavatar", "models"): "models",
         ("voipavatar", "build"): "build",
         ("bench", "musetalk"): "bench_musetalk",
+        ("bench", "blend"): "bench_blend",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -888,7 +891,12 @@ def bench_engine(
     if name == "musetalk":
         from .musetalk_cli import bench_musetalk
 
-        args = [*context.args, *(["--json"] if as_json else [])]
+        said = {
+            key: ["--" + key, str(context.params[key])]
+            for key in ("persona", "seconds")
+            if context.get_parameter_source(key) is not ParameterSource.DEFAULT
+        }
+        args = [*context.args, *itertools.chain(*said.values()), *["--json"] * as_json]
         code = bench_musetalk.main(
             args, prog_name="voipavatar bench musetalk", standalone_mode=False, obj=context.obj
         )
