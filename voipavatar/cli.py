@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -75,6 +77,7 @@ class _Group(click.Group):
         ("voipavatar", "models"): "models",
         ("voipavatar", "build"): "build",
         ("bench", "musetalk"): "bench_musetalk",
+        ("bench", "blend"): "bench_blend",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -171,7 +174,18 @@ def serve(
 @cli.command()
 @click.option("--name", help="What agents ask for (VOIPAVATAR_AGENT_NAME; voipavatar).")
 @click.option("--sessions", type=click.IntRange(1, 1000), help="Rooms at once; else measured.")
-@click.option("--persona", "personas", multiple=True, help="Prepared at the start (default).")
+@click.option(
+    "--persona",
+    "personas",
+    multiple=True,
+    help="Name or YAML file; prepared at the start. The first is who comes unless a room asks for "
+    "another one (default).",
+)
+@click.option(
+    "--every-room",
+    is_flag=True,
+    help="Come to every room that is made, unasked: for a persona with an agent section.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Of /health and /metrics.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True)
 @click.option("--drain", type=click.FloatRange(0, 86400), default=3600.0, show_default=True)
@@ -183,11 +197,13 @@ def worker(
     name: str | None,
     sessions: int | None,
     personas: tuple[str, ...],
+    every_room: bool,
     host: str,
     port: int,
     drain: float,
 ) -> int:
-    """Take rooms as LiveKit dispatches them, for agents that ask for an avatar.
+    """Take rooms as LiveKit dispatches them: the face of an agent that asks for one, or, with a
+    persona that has an agent section, the whole conversation.
 
     With a broker, an avatar also speaks from the queue that its persona or its dispatch names.
 
@@ -206,6 +222,7 @@ def worker(
         agent_name=name or os.environ.get("VOIPAVATAR_AGENT_NAME") or "voipavatar",
         capacity=sessions,
         personas=personas or ("default",),
+        every_room=every_room,
         host=host,
         port=port,
         drain=drain,
@@ -855,20 +872,31 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
 )
 @click.option("--engine", "name", help="musetalk: its own measurement, with options of its own.")
 @click.option("--persona", default="default", show_default=True)
+@click.option("--size", help="WIDTHxHEIGHT of the picture, as 1920x1080; the persona's own.")
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def bench_engine(
-    context: click.Context, name: str | None, persona: str, seconds: float, as_json: bool
+    context: click.Context,
+    name: str | None,
+    persona: str,
+    size: str | None,
+    seconds: float,
+    as_json: bool,
 ) -> int:
-    """Pictures a second that a persona's engine makes here.
+    """Milliseconds a picture of a persona's engine takes here, and sessions a core.
 
     With `--engine musetalk` it is `bench musetalk`, which has more options (--runtime, --recipe).
     """
     if name == "musetalk":
         from .musetalk_cli import bench_musetalk
 
-        args = [*context.args, *(["--json"] if as_json else [])]
+        said = {
+            key: ["--" + key, str(context.params[key])]
+            for key in ("persona", "seconds")
+            if context.get_parameter_source(key) is not ParameterSource.DEFAULT
+        }
+        args = [*context.args, *itertools.chain(*said.values()), *["--json"] * as_json]
         code = bench_musetalk.main(
             args, prog_name="voipavatar bench musetalk", standalone_mode=False, obj=context.obj
         )
@@ -876,7 +904,16 @@ def bench_engine(
     if context.args:
         raise click.UsageError(f"No such option: {context.args[0]}")
     chosen = name if name not in (None, "viseme") else persona
-    return _bench("engine", context.obj, as_json, persona=chosen, seconds=seconds)
+    return _bench("engine", context.obj, as_json, persona=chosen, seconds=seconds, size=_size(size))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, by, height = text.lower().partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter("give WIDTHxHEIGHT, as 1920x1080", param_hint="--size")
+    return int(width), int(height)
 
 
 @bench.command("broadcast")
@@ -906,31 +943,48 @@ def bench_broadcast(settings: Settings, minutes: float) -> int:
     help="A further picture; once or more.",
 )
 @click.option("--persona", "names", multiple=True, help="Only these of the personas.")
-@click.option("--voice", default="piper", show_default=True, help="One that tells phonemes.")
+@click.option(
+    "--voice",
+    "voices",
+    multiple=True,
+    help="piper, espeak, flite or flite:slt; once or more (all three).",
+)
+@click.option("--short", is_flag=True, help="Two sentences: a quick look, with few closures.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
 def bench_face(
     settings: Settings,
     portraits: tuple[Path, ...],
     names: tuple[str, ...],
-    voice: str,
+    voices: tuple[str, ...],
+    short: bool,
     as_json: bool,
 ) -> int:
-    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness."""
-    from .facebench import face, table
+    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness.
+
+    Ends with status 1 if a row is not within the limits that are printed under the table.
+    """
+    from .facebench import SHORT, TEXT, VOICES, face, passed, report, table
 
     async def measuring() -> list[dict[str, Any]]:
         with _steps() as tell:
-            return await face(settings, portraits=portraits, personas=names, voice=voice, tell=tell)
+            return await face(
+                settings,
+                portraits=portraits,
+                personas=names,
+                voices=voices or VOICES,
+                text=SHORT if short else TEXT,
+                tell=tell,
+            )
 
     rows = _run(measuring())
     if rows is None:
         return INTERRUPTED
     if as_json:
-        _print_json(rows)
+        _print_json(report(rows))
     else:
         print(table(rows))
-    return 0
+    return 0 if passed(rows) else 1
 
 
 @bench.command("queue")

@@ -309,6 +309,21 @@ class Session:
         self.touched = time.monotonic()
         self.stage.resume()
 
+    def pose(self, name: str) -> None:
+        """How the face is held while it doesn't speak: "attentive" while the other may speak,
+        "listening" while they do, "thinking" while an answer is looked for, "" as it likes.
+
+        It stays until another is asked for; speech goes before it, and ends a "thinking".
+        Raises InputError for another name.
+        """
+        self.touched = time.monotonic()
+        self.stage.pose(name)
+
+    def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now. InputError when there is none."""
+        self.touched = time.monotonic()
+        self.stage.gesture(name)
+
     def choose_voice(self, name: str | None) -> None:
         """Speak with this one of the persona's voices from the next text on; None is its first.
 
@@ -711,12 +726,22 @@ class Studio:
         options = persona.engine_settings()
         key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         if source.is_file():
-            key.update(await asyncio.to_thread(source.read_bytes))
+            from .avatar import known_digest
+
+            key.update((await asyncio.to_thread(known_digest, source)).encode())
         folder = f"{info.name}-v{info.version}"
         target = self.settings.cache_dir / "avatars" / folder / key.hexdigest()[:24]
         lock = self._preparing.setdefault(str(target), asyncio.Lock())
         async with lock:
             return await renderer.prepare(source, target, options, progress or _quiet)
+
+    async def probe(self, persona: Persona) -> None:
+        """Draw one picture that nobody sees; an engine that was failing is well again then.
+
+        Raises what the engine raises.
+        """
+        renderer = await self.renderer(persona.engine)
+        await renderer.probe(await self.prepare(persona))
 
     async def voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
         """The voice of these choices, loaded once. ConfigError when none of them is there."""

@@ -3,6 +3,7 @@
 One process, one event loop, one engine for all its rooms. livekit-agents keeps the connection to
 the server and a thread for each job; the job's work, the avatar, runs on the loop of `Worker.run`.
 Several workers under one name share the load, and nothing else is needed to scale out.
+A persona with an `agent` section is a whole conversation: see `conversation`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from livekit.agents import AgentServer, JobContext, JobExecutorType, JobRequest
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 
 from . import metrics
-from .agentstream import AgentStream
-from .config import Settings, load_persona
+from .agentstream import DISPATCH, AgentStream
+from .bridge import FarStudio
+from .config import Persona, Settings, list_personas, load_persona
+from .conversation import Conversation, Place
 from .errors import CapacityError, ConfigError, VoipAvatarError
 from .feed import fed, options_for, queue_of
 from .follow import Follow
+from .parts import rehearse
 from .plugin import AGENT_NAME, IDENTITY
 from .rabbitmq import QueueFeed
 from .room import RoomOptions
@@ -43,17 +47,24 @@ TTL = 600.0
 """Seconds that an avatar's token is good for; joining again takes a new one."""
 ENCODING = 0.2
 """Cores that encoding one room's picture and sound take, for reckoning the capacity."""
+_NAMES = ("LIVEKIT_AGENT_NAME_OVERRIDE", "LIVEKIT_AGENT_NAME")
 FAREWELL = 2.0
 """Seconds for what is being said when an avatar leaves."""
+FULL = 0.98
+"""The load of a worker that has no room left."""
+PROBE = 5.0
+"""Seconds between two attempts to draw with an engine that is failing."""
 
 
 @dataclass(frozen=True)
 class Order:
     """What a dispatch asks for: its metadata, a JSON object or nothing."""
 
-    persona: str = "default"
+    persona: str = ""
+    """Name of one that the worker knows; the first that it was started with when empty."""
     agent: str = ""
-    """Identity that the avatar speaks for; the first agent in the room when empty."""
+    """Identity that the avatar speaks for. Without it a persona with an `agent` section holds the
+    conversation itself, and any other is the face of the first agent in the room."""
     follow: str = ""
     """Identity of a participant whose audio track the avatar says, instead of an agent's speech."""
     queue: str = ""
@@ -96,13 +107,18 @@ class Worker:
         port: int = 0,
         drain: float = 3600.0,
         grace: float = GRACE,
+        every_room: bool = False,
         ready: Callable[[str], None] | None = None,
     ) -> None:
         for name in ("livekit_url", "livekit_api_key", "livekit_api_secret"):
             if not getattr(settings, name):
                 raise ConfigError(f"a worker needs a LiveKit server: set {name.upper()}")
+        named = [name for name in _NAMES if every_room and os.environ.get(name)]
+        if named:  # livekit-agents takes it from there, whatever it is told
+            raise ConfigError(f"every room and a name don't go together: unset {named[0]}")
         self.settings = settings
-        self.agent_name = agent_name
+        self.agent_name = "" if every_room else agent_name
+        """Empty: LiveKit sends every room that is made."""
         self.capacity = capacity or 0
         """Rooms at once; measured when the worker starts unless it was given."""
         self.refused = 0
@@ -117,7 +133,11 @@ class Worker:
         self._server: AgentServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._taken: dict[str, float] = {}  # job id: when it was accepted
+        self._conversations: dict[str, Conversation] = {}  # by job id
+        self._rehearsed: set[str] = set()  # agents of personas, as their YAML was
         self._draining = False
+        self._api: api.LiveKitAPI | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -128,7 +148,14 @@ class Worker:
             studio = await undo.enter_async_context(Studio(self.settings))
             self._studio = studio
             for name in self._personas:
-                await studio.prepare(load_persona(name, self.settings))
+                persona = load_persona(name, self.settings)
+                await studio.prepare(persona)
+                await self._rehearse(persona)
+            if not self.agent_name and self._persona("").agent is None:
+                raise ConfigError(
+                    "every room wants somebody who talks: give a --persona with an agent section"
+                )
+            await self._rehearse_others()
             if not self.capacity:
                 self.capacity = await _measure(studio, self._personas[0])
             server = self._server = AgentServer(
@@ -144,7 +171,18 @@ class Worker:
                 port=0,
             )
             server.rtc_session(agent_name=self.agent_name, on_request=self._request)(self._entry)
+            self._api = await undo.enter_async_context(
+                api.LiveKitAPI(
+                    self.settings.livekit_url,
+                    self.settings.livekit_api_key,
+                    self.settings.livekit_api_secret,
+                    timeout=aiohttp.ClientTimeout(total=5.0),
+                )
+            )
+            undo.push_async_callback(self._told)
             await self._listen(undo)
+            mending = asyncio.create_task(self._mend(studio), name="worker-mend")
+            undo.push_async_callback(_ended, mending)
             serving = asyncio.create_task(server.run(), name="worker-server")
             try:
                 server.on("worker_registered", lambda *_: self._registered())
@@ -168,42 +206,129 @@ class Worker:
             await server.drain(timeout=int(self._drain))
         except asyncio.TimeoutError:
             logger.warning("rooms were still open when the time to drain was over")
+            for conversation in list(self._conversations.values()):
+                conversation.end()
         await server.aclose()
+
+    async def _mend(self, studio: Studio) -> None:
+        """An engine that fails is tried again: with no room open nothing else would draw."""
+        while True:
+            await asyncio.sleep(PROBE)
+            if studio.health()["status"] == "ok":
+                continue
+            try:
+                await studio.probe(self._persona(""))
+                logger.info("the engine draws again")
+            except Exception as error:  # an engine is a plug-in; /health goes on telling
+                logger.info("the engine still fails", extra={"error": type(error).__name__})
+
+    # -- personas ----------------------------------------------------------------------------------
+
+    def _persona(self, name: str) -> Persona:
+        """As its YAML is now: by name, also of a file that the worker was started with."""
+        if not name:
+            return load_persona(self._personas[0], self.settings)
+        for given in self._personas:
+            if given.endswith((".yaml", ".yml")):
+                persona = load_persona(given, self.settings)
+                if persona.name == name:
+                    return persona
+        return load_persona(name, self.settings)
+
+    async def _rehearse(self, persona: Persona) -> None:
+        """Make its agent once, so that a mistake is told now. ConfigError when it can't be."""
+        if persona.agent is None:
+            return
+        key = repr((persona.path, persona.agent, persona.voice))
+        if key not in self._rehearsed:
+            await rehearse(persona, self.settings)
+            self._rehearsed.add(key)
+
+    async def _rehearse_others(self) -> None:
+        """The personas that may be asked for: the first import of a plugin is best made now."""
+        try:
+            others = list_personas(self.settings)
+        except ConfigError as error:
+            logger.warning("a persona can't be used", extra={"error": str(error)})
+            return
+        for persona in others:
+            try:
+                await self._rehearse(persona)
+            except ConfigError as error:
+                logger.warning("a persona's agent can't be used", extra={"error": str(error)})
 
     # -- who gets in -------------------------------------------------------------------------------
 
     def _load(self, server: AgentServer) -> float:
-        return min(1.0, len(self._taken) / max(1, self.capacity))
+        """Never quite 1: the server asks no worker that says so, and drops the room in silence,
+        where one that is asked can tell why not."""
+        return min(FULL, len(self._taken) / max(1, self.capacity))
 
     def refusal(self) -> str | None:
         """Why no further room is taken now."""
         if self._draining:
             return "draining"
         if len(self._taken) >= self.capacity:
-            return "full"
+            return f"full ({len(self._taken)} of {self.capacity} rooms)"
         if self._studio is None or self._studio.health()["status"] != "ok":
             return "the engine is failing"
         return None
 
+    def _tell(self, room: str, order: Order, state: str, reason: str = "") -> None:
+        """Let who asked know what became of it: the LiveKit server doesn't."""
+        if not order.request or self._api is None:
+            return
+        news = {"request": order.request, "state": state, "reason": reason}
+        packet = api.SendDataRequest(
+            room=room,
+            data=json.dumps(news).encode(),
+            topic=DISPATCH,
+            destination_identities=[order.agent] if order.agent else [],
+        )
+        task = asyncio.create_task(self._send(packet), name="worker-tell")
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _send(self, packet: api.SendDataRequest) -> None:
+        assert self._api is not None
+        try:
+            await self._api.room.send_data(packet)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            # Whoever asked has a time limit of its own.
+            logger.info("who asked was not told", extra={"error": type(error).__name__})
+
+    async def _told(self) -> None:
+        if self._telling:
+            await asyncio.wait(self._telling, timeout=5.0)
+
     async def _request(self, request: JobRequest) -> None:
         """Take a room, or pass it on to another worker."""
         reason = self.refusal()
-        order = Order()
+        order, persona, talks = Order(), None, False
         try:
             order = Order.parse(request.job.metadata)
-            load_persona(order.persona, self.settings)
+            persona = self._persona(order.persona)
             if order.queue:
                 options_for(self.settings, order.queue)
+            talks = _talks(persona, order)
+            if talks and reason is None:
+                await self._rehearse(persona)
+                reason = self.refusal()  # that may have taken a moment
         except ConfigError as error:
             reason = reason or str(error)
-        if reason is not None:
+        if reason is not None or persona is None:
             self.refused += 1
             metrics.SESSIONS_REFUSED.inc()
             logger.info("a room was passed on", extra={"reason": reason})
             await request.reject(terminate=False)
+            self._tell(request.job.room.name, order, "refused", reason or "")
             return
         self._taken[request.id] = time.monotonic()  # before anything is awaited: the cap is hard
         try:
+            if talks:  # the job's participant is the agent, and the avatar one of its own
+                title = persona.title or persona.name
+                await request.accept(identity=f"{order.identity}-agent", name=order.name or title)
+                return
             await request.accept(
                 identity=order.identity,
                 name=order.name or order.identity,
@@ -212,12 +337,25 @@ class Worker:
         except BaseException:
             self._taken.pop(request.id, None)
             raise
+        self._tell(request.job.room.name, order, "taken")
 
     # -- one room ----------------------------------------------------------------------------------
 
     async def _entry(self, job: JobContext) -> None:
-        """The job's own thread: it only waits for what happens on the worker's loop."""
+        """The job's own thread: a conversation runs here; an avatar alone is only waited for, it
+        lives on the worker's loop."""
         assert self._loop is not None
+        try:
+            order = Order.parse(job.job.metadata)
+            persona = self._persona(order.persona)
+        except ConfigError as error:  # edited since it was accepted
+            logger.error("a persona can't be used any more", extra={"error": str(error)})
+            self._taken.pop(job.job.id, None)
+            job.shutdown("the persona can't be used")
+            return
+        if _talks(persona, order):
+            await self._converse(job, order, persona)
+            return
         # The avatar joins by a connection of the worker's own, under the job's identity: the
         # job's room stays unused, and livekit-agents must not take that for a mistake.
         getattr(job, "_on_connect", lambda: None)()
@@ -230,21 +368,45 @@ class Worker:
         finally:
             job.shutdown("the avatar has left")
 
-    async def _serve(self, job: Any) -> None:
+    async def _converse(self, job: JobContext, order: Order, persona: Persona) -> None:
+        """A whole conversation, in the job's own thread, with an avatar on the worker's loop."""
+        assert self._loop is not None and self._studio is not None
+        id = job.job.id
+        place = Place(self.settings, order.identity, order.name)
+        studio = FarStudio(self._studio, self._loop, id)
+        conversation = self._conversations[id] = Conversation(persona, place, studio)
+        metrics.SESSIONS.inc()
+        metrics.SESSIONS_OPENED.inc()
+        reason = "failed"
         try:
-            if await self._avatar(job.id, job.room.name, Order.parse(job.metadata)) == "shutdown":
+            reason = await conversation.run(job)
+        except VoipAvatarError as error:
+            logger.error("a conversation failed", extra={"error": str(error)})
+        finally:
+            metrics.SESSIONS.dec()
+            metrics.SESSIONS_CLOSED.labels(reason).inc()
+            self._conversations.pop(id, None)
+            self._taken.pop(id, None)
+            job.shutdown("the conversation is over")
+
+    async def _serve(self, job: Any) -> None:
+        order = Order.parse(job.metadata)
+        try:
+            if await self._avatar(job.id, job.room.name, order) == "shutdown":
                 await self._ask_another(job)
         except CapacityError as error:
             logger.warning("a room could not be taken after all", extra={"reason": str(error)})
+            self._tell(job.room.name, order, "failed", str(error))
         except VoipAvatarError as error:
             logger.error("an avatar failed", extra={"error": str(error)})
+            self._tell(job.room.name, order, "failed", str(error))
         finally:
             self._taken.pop(job.id, None)
 
     async def _avatar(self, job: str, room: str, order: Order) -> str:
         studio = self._studio
         assert studio is not None
-        persona = load_persona(order.persona, self.settings)
+        persona = self._persona(order.persona)
         session: Session | None = None
 
         async def become(name: str) -> None:
@@ -252,7 +414,16 @@ class Worker:
                 raise ConfigError("the avatar is not on air yet: ask again")
             await session.swap_persona(name)
 
-        stream = AgentStream(agent=order.agent, on_persona=become)
+        def pose(name: str) -> None:
+            if session is not None:
+                session.pose(name)
+
+        def gesture(name: str) -> None:
+            if session is None:
+                raise ConfigError("the avatar is not on air yet: ask again")
+            session.gesture(name)
+
+        stream = AgentStream(agent=order.agent, on_persona=become, on_pose=pose, on_gesture=gesture)
         follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,
@@ -343,6 +514,7 @@ class Worker:
             "agent_name": self.agent_name,
             "capacity": self.capacity,
             "taken": len(self._taken),
+            "conversations": len(self._conversations),
             "refused": self.refused,
             "draining": self._draining,
         }
@@ -374,6 +546,11 @@ class Worker:
         self.url = f"http://{host}:{port}"
 
 
+def _talks(persona: Persona, order: Order) -> bool:
+    """Whether the worker holds the conversation itself, and isn't only somebody's face."""
+    return persona.agent is not None and not order.agent and not order.follow
+
+
 def _wanted(room: rtc.Room | None, follow: str) -> bool:
     """Whether somebody is there that the avatar may speak for."""
     if room is None:
@@ -385,6 +562,11 @@ def _wanted(room: rtc.Room | None, follow: str) -> bool:
         and ATTRIBUTE_PUBLISH_ON_BEHALF not in one.attributes
         for one in room.remote_participants.values()
     )
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _measure(studio: Studio, name: str) -> int:
