@@ -248,6 +248,8 @@ async def test_another_look_and_another_persona_while_it_speaks(
         failed = client.ends("idle-waving")[0]
         assert isinstance(failed, Failed) and not failed.retryable and failed.code == "invalid"
         assert "default, still, guest" in failed.error
+        assert (await control("idle", "thinking"))[0] == "finished", "a pose of any face"
+        assert rig.session.idle == "still"
         outcome, other = await control("persona", "clapper")
         assert outcome == "finished" and rig.session.persona.name == "clapper"
         assert far(own, other) > far(own, still) * 4
