@@ -275,10 +275,9 @@ async def test_an_avatar_that_has_an_agent_leaves_with_it_queue_or_not(
             wish = {"persona": "host", "agent": "agent"}
             await undo.enter_async_context(dispatched(livekit, name, room, wish))
             end = time.monotonic() + 15
-            while not (await health(task))["queues"]:
+            while not (queues := (await health(task))["queues"]) or queues[0]["broker"] != "up":
                 assert time.monotonic() < end
                 await asyncio.sleep(0.1)
-            await asyncio.sleep(1.0)
             await client.send(audio(0.3, "beside"))
             assert await client.ended("beside") == ["finished"]
         end = time.monotonic() + 15
