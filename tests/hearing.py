@@ -14,6 +14,7 @@ from livekit.agents import (
     APIConnectionError,
     APIConnectOptions,
     NotGivenOr,
+    LanguageCode,
     function_tool,
     llm,
     stt,
@@ -90,7 +91,7 @@ class _Listening(stt.RecognizeStream):
 
 def _told(kind: stt.SpeechEventType, text: str) -> stt.SpeechEvent:
     return stt.SpeechEvent(
-        type=kind, alternatives=[stt.SpeechData(language="en", text=text, confidence=1.0)]
+        type=kind, alternatives=[stt.SpeechData(language=LanguageCode("en"), text=text, confidence=1.0)]
     )
 
 

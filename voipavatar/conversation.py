@@ -19,6 +19,7 @@ from livekit import api, rtc
 from livekit.agents import Agent, AgentSession, AutoSubscribe, JobContext
 from livekit.agents.job import DEFAULT_PARTICIPANT_KINDS
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
+from livekit.agents.utils import is_given
 from livekit.agents.voice.room_io import RoomOptions
 
 from .bridge import FarSession, FarStudio, post
@@ -87,13 +88,7 @@ class Conversation:
             ears = _Ears(room, self._section.vision)
             await job.connect(auto_subscribe=AutoSubscribe.SUBSCRIBE_NONE)
             ears.open()
-            self.session = session = AgentSession(
-                llm=parts.llm,
-                vad=parts.vad,
-                **({"stt": parts.stt} if parts.stt is not None else {}),
-                **({"tts": parts.tts} if parts.tts is not None else {}),
-                **_turns(parts),
-            )
+            self.session = session = AgentSession(**_session(parts))
             session.on("close", lambda _: self._end("asked"))
             await self._face(session, room)
             agent = Agent(instructions=self._section.instructions, tools=parts.tools)
@@ -141,8 +136,7 @@ class Conversation:
             greeting = Greeting(say=self._persona.greeting)
         if greeting is None:
             return
-        while not _people(room):
-            await asyncio.sleep(0.05)
+        await session.room_io.wait_for_ready()  # somebody is there, and captions have an address
         avatar = self._studio.opened
         if avatar is not None:
             await avatar.listened(GREETING)
@@ -267,10 +261,13 @@ def _people(room: rtc.Room) -> dict[str, rtc.RemoteParticipant]:
     return {name: one for name, one in room.remote_participants.items() if _is_person(one)}
 
 
-def _turns(parts: Parts) -> dict[str, Any]:
-    """The session's options, with how the end of a turn is told where that was given."""
-    options = dict(parts.options)
-    if parts.turn_detection is None or parts.turn_detection:
-        turns = {**options["turn_handling"], "turn_detection": parts.turn_detection}
-        options["turn_handling"] = turns
-    return options
+def _session(parts: Parts) -> dict[str, Any]:
+    """What `AgentSession` is given; the rest is left to it."""
+    given = {"llm": parts.llm, "vad": parts.vad, **parts.options}
+    if parts.stt is not None:
+        given["stt"] = parts.stt
+    if parts.tts is not None:
+        given["tts"] = parts.tts
+    if is_given(parts.turn_detection):
+        given["turn_handling"] = {**given["turn_handling"], "turn_detection": parts.turn_detection}
+    return given

@@ -12,6 +12,7 @@ gone and takes it back when it is there again.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -34,7 +35,8 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
-from .agentstream import ALIVE, PERSONA
+from .agentstream import ALIVE, PERSONA, Mute
+from .captions import attach
 from .config import Persona, Settings, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
@@ -92,6 +94,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         avatar_participant_name: NotGivenOr[str] = NOT_GIVEN,
         join_timeout: NotGivenOr[float] = NOT_GIVEN,
         studio: NotGivenOr[OpensAvatars] = NOT_GIVEN,
+        captions: bool = True,
         conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS,
     ) -> None:
         """Everything has a default.
@@ -107,6 +110,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             join_timeout: Seconds in which it must be seen, 20 unless given. Speech waits for it
                 that long, and is voice-only afterwards.
             studio: A studio to share with other sessions of this loop (`local` only).
+            captions: Whether the agent's transcript keeps to the avatar's voice word by word;
+                False leaves the pacing to LiveKit, which may run ahead of it.
             conn_options: Retries and their pauses when asking for a worker.
         """
         super().__init__()
@@ -126,6 +131,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._join_timeout = join_timeout if isinstance(join_timeout, (int, float)) else 20.0
         self._studio: OpensAvatars | None = studio or None
         self._own_studio: Studio | None = None
+        self._captions = captions
         self._conn_options = conn_options
         self._started = False
         self._closing: asyncio.Task[None] | None = None
@@ -197,6 +203,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             await self.aclose()
             raise
         self._mouthpiece = mouthpiece
+        if self._captions:
+            # The session makes its text output when it starts, right after the sound's.
+            mouthpiece.on_attach = functools.partial(attach, agent_session, mouthpiece)
         agent_session.output.replace_audio_tail(mouthpiece)
         if self._mode == "dispatch":
             self._keeper = asyncio.create_task(self._keep(room, agent), name="avatar-keeper")
@@ -220,6 +229,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             name=self._name or _title(self._persona),
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: agent},
             ttl=TTL,
+            guests=(Mute(),),
         )
         self._avatar = await studio.open(self._persona, room=options)
         mouthpiece.use(Direct(self._avatar.open_turn))
