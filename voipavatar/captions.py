@@ -10,6 +10,7 @@ are spread over the time in which something is heard.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 import math
 import re
@@ -31,9 +32,12 @@ BIN = 0.01
 """Seconds of sound that are judged together."""
 FLOOR = 0.008
 """RMS, of full scale, below which nothing counts as speech."""
-RATE = 3.5
+RATE = 3.0
 """Syllables in a second of sounding speech, until the voice's own rate is known: a slow one, since
 captions may be late at first but not early."""
+SNAP = 0.04
+"""Seconds of sound by which a word that was reckoned may begin sooner than it does: one that would
+begin right before a pause begins after it."""
 LATE = 0.06
 """Seconds by which a word is shown after its sound has left: what the way to a viewer takes more
 for sound than for text."""
@@ -163,27 +167,27 @@ class Timing:
             end = self._sounded(high[1])
             if end - begin < 0.05:  # nothing sounds there: spread it evenly
                 return low[1] + share * (high[1] - low[1])
-            return self._at(begin + share * (end - begin), low[1])
+            return min(high[1], self._at(begin + share * (end - begin) + SNAP, low[1]))
         rate = self._rate or RATE
         sounded = self._sounding[-1] - begin
         if self.text_done and sounded > 0:
             # What has come is not more than all of it.
             rate = min(rate, (self._units - low[0]) / sounded)
-        return self._at(begin + (units - low[0]) / max(rate, 0.1), low[1])
+        return self._at(begin + (units - low[0]) / max(rate, 0.1) + SNAP, low[1])
 
     def _first(self) -> float:
         """Where the sound begins to sound."""
-        return self._at(1e-6, 0.0) if self._sounding[-1] > 0 else math.inf
+        return self._at(0.0, 0.0)
 
     def _sounded(self, seconds: float) -> float:
         index = min(len(self._sounding) - 1, max(0, round(seconds / BIN)))
         return self._sounding[index]
 
     def _at(self, sounding: float, least: float) -> float:
-        """When so many seconds have sounded; inf when that is still to come."""
-        if sounding > self._sounding[-1] + 1e-9:
+        """When it goes on to sound after so many seconds that did; inf when that is to come."""
+        index = bisect.bisect_right(self._sounding, sounding + 1e-6)
+        if index == len(self._sounding):
             return math.inf
-        index = int(np.searchsorted(self._sounding, sounding - 1e-9))
         return max(least, (index - 1) * BIN)
 
 

@@ -90,7 +90,7 @@ class Segment:
         if self.meter is not None:
             position = min(position, self.skipped + self.meter())
         waits = position >= self.length and not self.flushed
-        self._playhead = (position, max(since, now) + RESUMES if waits else max(since, now))
+        self._playhead = (position, now + RESUMES if waits else max(since, now))
         return position
 
     def resume_at(self, position: float) -> None:
