@@ -91,6 +91,7 @@ class FakeSession:
     ) -> None:
         self.id = id
         self.persona = persona
+        self.idle = "default"
         self.room = room
         self.voice = voice
         self.state = "idle"
@@ -144,6 +145,10 @@ class FakeSession:
     async def swap_persona(self, persona: Persona | str) -> None:
         assert isinstance(persona, Persona)
         self.persona = persona
+
+    async def choose_idle(self, name: str) -> None:
+        self.persona.look(name)
+        self.idle = name
 
     def status(self) -> dict[str, Any]:
         return {"state": self.state, "queue": len(self._queue), "counters": {"frames": 0}}
@@ -263,6 +268,7 @@ class FakeStudio:
         self.sessions: dict[str, FakeSession] = {}
         self.opened: list[FakeSession] = []
         self.on_open: list[Any] = []
+        self.queues: list[Any] = []
         self.word = word
         self.capacity = capacity
 

@@ -37,6 +37,9 @@ PERSONA = "voipavatar.persona"
 """Beyond the protocol: become another persona on air; the payload is its name."""
 ALIVE = "voipavatar.alive"
 """Beyond the protocol: answers "ok" for as long as the avatar's loop runs."""
+DISPATCH = "voipavatar.dispatch"
+"""Beyond the protocol: a topic on which workers tell who asked for an avatar what became of it, as
+JSON: `request` as in the dispatch, `state` (taken, refused or failed) and `reason`."""
 ON_BEHALF = "lk.publish_on_behalf"
 NOISE = ("lk.transcription", "lk.agent.events", "lk.agent.session", "lk.chat")
 """Topics of streams that are sent to everybody; an avatar takes note of none of them."""

@@ -186,9 +186,11 @@ def serve(
 @click.option("--host", default="127.0.0.1", show_default=True, help="Of /health and /metrics.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True)
 @click.option("--drain", type=click.FloatRange(0, 86400), default=3600.0, show_default=True)
+@click.option("--amqp", metavar="URL", help="RabbitMQ, for queues (VOIPAVATAR_AMQP_URL).")
 @click.pass_obj
 def worker(
     settings: Settings,
+    amqp: str | None,
     name: str | None,
     sessions: int | None,
     personas: tuple[str, ...],
@@ -200,12 +202,15 @@ def worker(
     """Take rooms as LiveKit dispatches them: the face of an agent that asks for one, or, with a
     persona that has an agent section, the whole conversation.
 
+    With a broker, an avatar also speaks from the queue that its persona or its dispatch names.
+
     Needs LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET. Several workers under one name share
     the load. SIGTERM or Ctrl-C: no new rooms, the open ones end by themselves within --drain
     seconds; a second time: at once.
     """
     from .worker import Worker
 
+    settings = dataclasses.replace(settings, amqp_url=amqp or settings.amqp_url)
     logging.getLogger("voipavatar").setLevel(
         min(_level(settings.log_level), logging.getLogger("voipavatar").level)
     )
@@ -298,8 +303,12 @@ async def _queues(
     def room(name: str) -> RoomOptions:
         return RoomOptions(livekit.url, name, livekit.api_key, livekit.api_secret)
 
-    feeds = await stack.enter_async_context(Feeds(studio, settings, room=room))
-    return [feed.options.queue for feed in feeds.feeds]
+    feeds = (await stack.enter_async_context(Feeds(studio, settings, room=room))).feeds
+    there = await asyncio.gather(*(feed.connected(3.0) for feed in feeds))
+    away = " (the broker is not there yet: it is tried again and again)"
+    return [
+        feed.options.queue + ("" if up else away) for feed, up in zip(feeds, there, strict=True)
+    ]
 
 
 async def _page_files(settings: Settings, tell: Callable[[str], None]) -> None:
@@ -560,6 +569,9 @@ async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> di
 
         async with Studio(settings) as studio:
             avatar = await studio.prepare(who, progress)
+            for name in who.idles:
+                tell(f"preparing {who.name}: {name}")
+                await studio.prepare(who.look(name))
         advice: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             manifest = json.loads((avatar.path / "manifest.json").read_text("utf-8"))

@@ -18,21 +18,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import numpy as np
 from aiohttp import web
-from livekit import rtc
+from livekit import api, rtc
 from livekit.agents import AgentServer, JobContext, JobExecutorType, JobRequest
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 
 from . import metrics
-from .agentstream import AgentStream
+from .agentstream import DISPATCH, AgentStream
 from .bridge import FarStudio
 from .config import Persona, Settings, list_personas, load_persona
 from .conversation import Conversation, Place
 from .errors import CapacityError, ConfigError, VoipAvatarError
+from .feed import fed, options_for, queue_of
 from .follow import Follow
 from .parts import rehearse
 from .plugin import AGENT_NAME, IDENTITY
+from .rabbitmq import QueueFeed
 from .room import RoomOptions
 from .session import Session, Studio
 
@@ -47,6 +50,10 @@ ENCODING = 0.2
 _NAMES = ("LIVEKIT_AGENT_NAME_OVERRIDE", "LIVEKIT_AGENT_NAME")
 FAREWELL = 2.0
 """Seconds for what is being said when an avatar leaves."""
+FULL = 0.98
+"""The load of a worker that has no room left."""
+PROBE = 5.0
+"""Seconds between two attempts to draw with an engine that is failing."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Order:
     conversation itself, and any other is the face of the first agent in the room."""
     follow: str = ""
     """Identity of a participant whose audio track the avatar says, instead of an agent's speech."""
+    queue: str = ""
+    """A RabbitMQ queue that the avatar speaks from as well; the persona's own when empty."""
     identity: str = IDENTITY
     name: str = ""
     request: str = field(default="", compare=False)
@@ -127,6 +136,8 @@ class Worker:
         self._conversations: dict[str, Conversation] = {}  # by job id
         self._rehearsed: set[str] = set()  # agents of personas, as their YAML was
         self._draining = False
+        self._api: api.LiveKitAPI | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -160,7 +171,18 @@ class Worker:
                 port=0,
             )
             server.rtc_session(agent_name=self.agent_name, on_request=self._request)(self._entry)
+            self._api = await undo.enter_async_context(
+                api.LiveKitAPI(
+                    self.settings.livekit_url,
+                    self.settings.livekit_api_key,
+                    self.settings.livekit_api_secret,
+                    timeout=aiohttp.ClientTimeout(total=5.0),
+                )
+            )
+            undo.push_async_callback(self._told)
             await self._listen(undo)
+            mending = asyncio.create_task(self._mend(studio), name="worker-mend")
+            undo.push_async_callback(_ended, mending)
             serving = asyncio.create_task(server.run(), name="worker-server")
             try:
                 server.on("worker_registered", lambda *_: self._registered())
@@ -187,6 +209,18 @@ class Worker:
             for conversation in list(self._conversations.values()):
                 conversation.end()
         await server.aclose()
+
+    async def _mend(self, studio: Studio) -> None:
+        """An engine that fails is tried again: with no room open nothing else would draw."""
+        while True:
+            await asyncio.sleep(PROBE)
+            if studio.health()["status"] == "ok":
+                continue
+            try:
+                await studio.probe(self._persona(""))
+                logger.info("the engine draws again")
+            except Exception as error:  # an engine is a plug-in; /health goes on telling
+                logger.info("the engine still fails", extra={"error": type(error).__name__})
 
     # -- personas ----------------------------------------------------------------------------------
 
@@ -226,17 +260,46 @@ class Worker:
     # -- who gets in -------------------------------------------------------------------------------
 
     def _load(self, server: AgentServer) -> float:
-        return min(1.0, len(self._taken) / max(1, self.capacity))
+        """Never quite 1: the server asks no worker that says so, and drops the room in silence,
+        where one that is asked can tell why not."""
+        return min(FULL, len(self._taken) / max(1, self.capacity))
 
     def refusal(self) -> str | None:
         """Why no further room is taken now."""
         if self._draining:
             return "draining"
         if len(self._taken) >= self.capacity:
-            return "full"
+            return f"full ({len(self._taken)} of {self.capacity} rooms)"
         if self._studio is None or self._studio.health()["status"] != "ok":
             return "the engine is failing"
         return None
+
+    def _tell(self, room: str, order: Order, state: str, reason: str = "") -> None:
+        """Let who asked know what became of it: the LiveKit server doesn't."""
+        if not order.request or self._api is None:
+            return
+        news = {"request": order.request, "state": state, "reason": reason}
+        packet = api.SendDataRequest(
+            room=room,
+            data=json.dumps(news).encode(),
+            topic=DISPATCH,
+            destination_identities=[order.agent] if order.agent else [],
+        )
+        task = asyncio.create_task(self._send(packet), name="worker-tell")
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _send(self, packet: api.SendDataRequest) -> None:
+        assert self._api is not None
+        try:
+            await self._api.room.send_data(packet)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            # Whoever asked has a time limit of its own.
+            logger.info("who asked was not told", extra={"error": type(error).__name__})
+
+    async def _told(self) -> None:
+        if self._telling:
+            await asyncio.wait(self._telling, timeout=5.0)
 
     async def _request(self, request: JobRequest) -> None:
         """Take a room, or pass it on to another worker."""
@@ -245,6 +308,8 @@ class Worker:
         try:
             order = Order.parse(request.job.metadata)
             persona = self._persona(order.persona)
+            if order.queue:
+                options_for(self.settings, order.queue)
             talks = _talks(persona, order)
             if talks and reason is None:
                 await self._rehearse(persona)
@@ -256,21 +321,23 @@ class Worker:
             metrics.SESSIONS_REFUSED.inc()
             logger.info("a room was passed on", extra={"reason": reason})
             await request.reject(terminate=False)
+            self._tell(request.job.room.name, order, "refused", reason or "no such persona")
             return
         self._taken[request.id] = time.monotonic()  # before anything is awaited: the cap is hard
         try:
             if talks:  # the job's participant is the agent, and the avatar one of its own
                 title = persona.title or persona.name
                 await request.accept(identity=f"{order.identity}-agent", name=order.name or title)
-                return
-            await request.accept(
-                identity=order.identity,
-                name=order.name or order.identity,
-                attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else None,
-            )
+            else:
+                await request.accept(
+                    identity=order.identity,
+                    name=order.name or order.identity,
+                    attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else None,
+                )
         except BaseException:
             self._taken.pop(request.id, None)
             raise
+        self._tell(request.job.room.name, order, "taken")
 
     # -- one room ----------------------------------------------------------------------------------
 
@@ -323,16 +390,20 @@ class Worker:
             job.shutdown("the conversation is over")
 
     async def _serve(self, job: Any) -> None:
+        order = Order.parse(job.metadata)
         try:
-            await self._avatar(job.id, job.room.name, Order.parse(job.metadata))
+            if await self._avatar(job.id, job.room.name, order) == "shutdown":
+                await self._ask_another(job)
         except CapacityError as error:
             logger.warning("a room could not be taken after all", extra={"reason": str(error)})
+            self._tell(job.room.name, order, "failed", str(error))
         except VoipAvatarError as error:
             logger.error("an avatar failed", extra={"error": str(error)})
+            self._tell(job.room.name, order, "failed", str(error))
         finally:
             self._taken.pop(job.id, None)
 
-    async def _avatar(self, job: str, room: str, order: Order) -> None:
+    async def _avatar(self, job: str, room: str, order: Order) -> str:
         studio = self._studio
         assert studio is not None
         persona = self._persona(order.persona)
@@ -364,7 +435,17 @@ class Worker:
         metrics.SESSIONS_OPENED.inc()
         reason = "failed"
         try:
-            reason = await self._stay(session, order.follow)
+            async with contextlib.AsyncExitStack() as undo:
+                queue = order.queue or queue_of(persona, self.settings)
+                feed = (
+                    await undo.enter_async_context(
+                        fed(studio, session, self.settings, queue, FAREWELL)
+                    )
+                    if queue
+                    else None
+                )
+                reason = await self._stay(session, order, feed)
+            return reason
         finally:
             metrics.SESSIONS.dec()
             metrics.SESSIONS_CLOSED.labels(reason).inc()
@@ -373,12 +454,24 @@ class Worker:
                 await follow.aclose()
             await session.aclose(FAREWELL)
 
-    async def _stay(self, session: Session, follow: str) -> str:
-        """Until the session ends, or nobody is there to speak for; why, as a metric's label."""
+    async def _stay(self, session: Session, order: Order, feed: QueueFeed | None) -> str:
+        """Until the session ends, or nobody is there to speak for; why, as a metric's label.
+
+        A queue is enough to stay for, unless the avatar is somebody's. When the worker drains,
+        the queue goes to a standby once what is being said has ended.
+        """
         assert session.room is not None
         last = time.monotonic()
+        alone = feed is not None and not order.agent and not order.follow
         while not session.closed.is_set():
-            if not session.room.connected or _wanted(session.room.room, follow):
+            wanted = _wanted(session.room.room, order.follow)
+            alone = alone and not wanted
+            if feed is not None and self._draining:
+                await feed.aclose(self._drain)
+                if alone:
+                    return "shutdown"
+                feed = None
+            if alone or wanted or not session.room.connected:
                 last = time.monotonic()
             elif time.monotonic() - last > self._grace:
                 logger.info("no agent came back")
@@ -386,6 +479,22 @@ class Worker:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(session.closed.wait(), 0.25)
         return "asked" if session.failure is None else "failed"
+
+    async def _ask_another(self, job: Any) -> None:
+        """For a room whose avatar nobody else would ask for again: one that speaks from a queue."""
+        url, key, secret = (
+            self.settings.livekit_url,
+            self.settings.livekit_api_key,
+            self.settings.livekit_api_secret,
+        )
+        wish = api.CreateAgentDispatchRequest(
+            agent_name=self.agent_name, room=job.room.name, metadata=job.metadata
+        )
+        try:
+            async with api.LiveKitAPI(url, key, secret) as livekit:
+                await asyncio.wait_for(livekit.agent_dispatch.create_dispatch(wish), 10.0)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            logger.error("no other worker could be asked", extra={"error": type(error).__name__})
 
     # -- what others see ---------------------------------------------------------------------------
 
@@ -430,7 +539,7 @@ class Worker:
 
 def _talks(persona: Persona, order: Order) -> bool:
     """Whether the worker holds the conversation itself, and isn't only somebody's face."""
-    return persona.agent is not None and not order.agent and not order.follow
+    return persona.agent is not None and not (order.agent or order.follow or order.queue)
 
 
 def _wanted(room: rtc.Room | None, follow: str) -> bool:
@@ -444,6 +553,11 @@ def _wanted(room: rtc.Room | None, follow: str) -> bool:
         and ATTRIBUTE_PUBLISH_ON_BEHALF not in one.attributes
         for one in room.remote_participants.values()
     )
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _measure(studio: Studio, name: str) -> int:

@@ -264,6 +264,11 @@ class Renderer:
         self._sessions += 1
         return session
 
+    async def probe(self, avatar: Avatar) -> None:
+        """Draw one idle picture now. That it works ends a `failure`; raises what it fails with."""
+        await self.call(lambda engine: engine.render(engine.open(avatar).idle(1)))
+        self.failure = None
+
     def release(self) -> None:
         """A session that `open` gave is over."""
         self._sessions = max(0, self._sessions - 1)

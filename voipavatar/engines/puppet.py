@@ -50,6 +50,8 @@ class Pose:
     """0 open, 1 shut."""
     wink: float = 0.0
     """The same, of the eye on the left alone."""
+    clock: int = 0
+    """The picture clock: which picture of a film is under the mouth."""
 
 
 def mouth_weights(mouth: Float32) -> Float32:
@@ -205,7 +207,7 @@ class Puppet:
         tones = chroma[dy // 2 : (dy + last - first) // 2, dx // 2 : (dx + width) // 2]
         half = _resized(share, width // 2, (last - first) // 2, cv2.INTER_AREA)
         _blend(tones, low_chroma, half[..., None])
-        self._inner_over(luma, chroma, anchors, upper, lower, weights)
+        self._inner_over(luma, chroma, anchors, upper, lower, weights, self._region)
         return luma, chroma
 
     def _lips(self, weights: Float32, shift: Float32 | None) -> tuple[Float32, Float64, Float64]:
@@ -267,14 +269,18 @@ class Puppet:
         upper: Float64,
         lower: Float64,
         weights: Float32,
+        region: tuple[int, int, int, int],
+        strength: float = 1.0,
     ) -> None:
+        """Paint what is seen between the lips over `luma` and `chroma`, which hold `region`."""
         unit = self._unit
         apart = (lower - upper) @ self._down.astype(np.float64)
         gap = float(apart.max())
         shown = float(smoothstep((gap - 1.1 * self._rest_gap - 0.004 * unit) / (0.022 * unit)))
+        shown *= strength
         if shown <= 0:
             return
-        region_x, region_y, region_w, region_h = self._region
+        region_x, region_y, region_w, region_h = region
         outline = np.vstack([upper, lower[::-1]])
         low, high = outline.min(0) - 2, outline.max(0) + 3
         x0 = max(region_x, math.floor(low[0] / 2) * 2)
@@ -349,6 +355,8 @@ class Puppet:
         if self._own_teeth:
             # They have the portrait's own light.
             over(4, 0.0)
+        place = np.array([[along[0], down[0], start[0]], [along[1], down[1], start[1]]])
+        self._seen_inside(paint, place, upper - (x0, y0), lower - (x0, y0), weights)
 
         at_y, at_x = y0 - region_y, x0 - region_x
         _blend(luma[at_y : at_y + height, at_x : at_x + width], paint[..., 0], alpha)
@@ -359,6 +367,12 @@ class Puppet:
         down_y, down_x = at_y // 2, at_x // 2
         view = chroma[down_y : down_y + height // 2, down_x : down_x + width // 2]
         _blend(view, tint, small[..., None])
+
+    def _seen_inside(
+        self, paint: Float32, place: Float64, upper: Float64, lower: Float64, weights: Float32
+    ) -> None:
+        """For a puppet that knows more of its mouth than what is painted. `paint` (h, w, 3) is
+        Y U V; `place` (2, 3) takes pixels of the inner layers to it, the lips' edges lie in it."""
 
 
 def _at(picture: Pixels, where: Float32, outside: int = cv2.BORDER_REPLICATE) -> Pixels:

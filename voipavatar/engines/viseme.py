@@ -22,19 +22,21 @@ import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
 
+from ..avatar import known_digest
 from ..config import Settings
 from ..errors import AvatarError, ConfigError, EngineError
 from ..facemesh import FaceMesh
 from ..facemodels import face_models
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
-from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec
+from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec, filming
+from .film import FilmPuppet
 from .puppet import Pose, Puppet
 from .rig import HEAD, Landmarks, Rig, build, parse_landmarks, smoothstep
 
@@ -103,6 +105,8 @@ class Options:
     """Where the face is, by hand; without it the face is found."""
     face_at: tuple[float, float] | None = None
     """Pixel of the portrait: of several faces the one nearest to it; otherwise the largest."""
+    seconds: float = 30.0
+    """The longest loop that is taken from a clip."""
 
 
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -113,6 +117,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "blink": (0, 3),
     "mouth": (0.3, 1.5),
     "ease": (0.04, 2),
+    "seconds": (0.2, 120),
 }
 
 
@@ -542,7 +547,7 @@ class VisemeSession:
                 # Wide and round are opposites: who smiles rounds less.
                 mouth[1] = min(1.0, float(mouth[1]) + extra.width)
                 mouth[2] *= 1 - 0.5 * extra.width
-        pose = Pose(mouth, head, blink, wink)
+        pose = Pose(mouth, head, blink, wink, clock)
         return Job(self, clock, speech, pose)
 
     def _widened(self, mouth: Float32) -> Float32:
@@ -582,13 +587,15 @@ class VisemeEngine:
             version=VERSION,
             device="cpu",
             batch=1,
-            can=("photo", "cues", "idle"),
+            can=("photo", "video", "cues", "idle"),
         )
 
     def prepare(
         self, source: Path, target: Path, options: dict[str, Any], progress: Progress
     ) -> Avatar:
         parsed, marks = _parse(options)
+        if filming.is_film(source):
+            return self._prepare_film(source, target, parsed, progress)
         try:
             data = source.read_bytes()
         except OSError as error:
@@ -619,6 +626,33 @@ class VisemeEngine:
         _save(target, rig, key, parsed, {"advice": advice, "given": given, "landmarks": told})
         progress("ready", 1.0)
         return avatar
+
+    def _prepare_film(
+        self, source: Path, target: Path, options: Options, progress: Progress
+    ) -> Avatar:
+        if options.landmarks is not None:
+            raise ConfigError(
+                "`landmarks` are for a picture; in a clip the face is followed: leave them out"
+            )
+        wanted = filming.Wanted(
+            options.width,
+            options.height,
+            options.fps,
+            options.background,
+            options.face_at,
+            options.seconds,
+        )
+        told = asdict(wanted) | {"source": known_digest(source), "film": filming.FILM}
+        key = hashlib.sha256(f"viseme {VERSION}\n".encode())
+        key.update(json.dumps(told, sort_keys=True).encode())
+
+        def mesh() -> FaceMesh:
+            settings = self._settings or Settings.from_env()
+            return FaceMesh(face_models(settings, lambda what: progress(what, 0.03)))
+
+        data = {"engine": "viseme", "version": VERSION}
+        filming.prepare(source, target, key.hexdigest(), data, wanted, mesh, _points_of, progress)
+        return Avatar(target, options.width, options.height, _settings(options))
 
     def _find(
         self, picture: UInt8, options: Options, tell: Callable[[str], None]
@@ -657,7 +691,10 @@ class VisemeEngine:
         with self._lock:
             puppet = self._puppets.get(name)
             if puppet is None:
-                puppet = Puppet(_load(avatar.path, manifest))
+                if "film" in manifest:
+                    puppet = FilmPuppet(avatar.path)
+                else:
+                    puppet = Puppet(_load(avatar.path, manifest))
                 self._puppets[name] = puppet
         return VisemeSession(puppet, parsed, self._make(parsed.fps))
 

@@ -6,7 +6,7 @@ Stated as protocols so that the routes depend on a dozen verbs, and a test can h
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..config import Persona, VoiceChoice
@@ -68,6 +68,9 @@ class Session(Protocol):
     async def swap_persona(self, persona: Persona | str) -> None:
         """Become another persona on air."""
 
+    async def choose_idle(self, name: str) -> None:
+        """Take on another of the persona's looks. InputError for one that it hasn't."""
+
     def status(self) -> dict[str, Any]: ...
     def events(self) -> AsyncIterator[dict[str, Any]]: ...
     async def aclose(self, drain: float = 0) -> None: ...
@@ -78,6 +81,9 @@ class Studio(Protocol):
 
     @property
     def sessions(self) -> Mapping[str, Any]: ...
+    @property
+    def queues(self) -> Sequence[Callable[[], dict[str, Any]]]:
+        """Each tells of a queue that sessions speak from: `queue`, `broker` and more."""
 
     async def open(
         self,

@@ -30,6 +30,10 @@ class Health(BaseModel):
     sessions: int
     max_sessions: int
     token: bool = Field(description="whether requests need a bearer token")
+    queues: dict[str, str] = Field(
+        default_factory=dict,
+        description="the RabbitMQ queues that sessions speak from: up, or down without a broker",
+    )
 
 
 class VoiceInfo(BaseModel):
@@ -51,6 +55,7 @@ class PersonaInfo(BaseModel):
     fps: int
     greeting: str
     voices: list[VoiceInfo]
+    idles: list[str] = Field(description="the looks that it can be told to take on")
     portrait: str | None = Field(description="path of its picture, None if it has none")
 
 
@@ -92,6 +97,14 @@ class Become(BaseModel):
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"persona": "default"}]}
     )
+
+
+class Idle(BaseModel):
+    """Which of the persona's looks from now on."""
+
+    idle: str = Field(max_length=64, description="one of its `idles`; default is its own")
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"idle": "default"}]})
 
 
 class Opened(Ticket):
