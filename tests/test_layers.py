@@ -58,6 +58,7 @@ LAYERS = {
     "targets": 3,
     "broadcast": 4,
     "broadcast_bench": 5,
+    "blend_bench": 3,
     "egress": 4,
     "probe": 4,
     "stage": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -75,6 +77,7 @@ class _Group(click.Group):
         ("voipavatar", "models"): "models",
         ("voipavatar", "build"): "build",
         ("bench", "musetalk"): "bench_musetalk",
+        ("bench", "blend"): "bench_blend",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -888,7 +891,12 @@ def bench_engine(
     if name == "musetalk":
         from .musetalk_cli import bench_musetalk
 
-        args = [*context.args, *(["--json"] if as_json else [])]
+        said = {
+            key: ["--" + key, str(context.params[key])]
+            for key in ("persona", "seconds")
+            if context.get_parameter_source(key) is not ParameterSource.DEFAULT
+        }
+        args = [*context.args, *itertools.chain(*said.values()), *["--json"] * as_json]
         code = bench_musetalk.main(
             args, prog_name="voipavatar bench musetalk", standalone_mode=False, obj=context.obj
         )
@@ -935,31 +943,48 @@ def bench_broadcast(settings: Settings, minutes: float) -> int:
     help="A further picture; once or more.",
 )
 @click.option("--persona", "names", multiple=True, help="Only these of the personas.")
-@click.option("--voice", default="piper", show_default=True, help="One that tells phonemes.")
+@click.option(
+    "--voice",
+    "voices",
+    multiple=True,
+    help="piper, espeak, flite or flite:slt; once or more (all three).",
+)
+@click.option("--short", is_flag=True, help="Two sentences: a quick look, with few closures.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
 def bench_face(
     settings: Settings,
     portraits: tuple[Path, ...],
     names: tuple[str, ...],
-    voice: str,
+    voices: tuple[str, ...],
+    short: bool,
     as_json: bool,
 ) -> int:
-    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness."""
-    from .facebench import face, table
+    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness.
+
+    Ends with status 1 if a row is not within the limits that are printed under the table.
+    """
+    from .facebench import SHORT, TEXT, VOICES, face, passed, report, table
 
     async def measuring() -> list[dict[str, Any]]:
         with _steps() as tell:
-            return await face(settings, portraits=portraits, personas=names, voice=voice, tell=tell)
+            return await face(
+                settings,
+                portraits=portraits,
+                personas=names,
+                voices=voices or VOICES,
+                text=SHORT if short else TEXT,
+                tell=tell,
+            )
 
     rows = _run(measuring())
     if rows is None:
         return INTERRUPTED
     if as_json:
-        _print_json(rows)
+        _print_json(report(rows))
     else:
         print(table(rows))
-    return 0
+    return 0 if passed(rows) else 1
 
 
 @bench.command("queue")

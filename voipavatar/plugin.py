@@ -201,6 +201,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             self._room_name, agent = _place(room)
             self._voice = VoiceOnly(room)
             agent_session.on("close", self._session_over)
+            room.on("track_published", self._unwatched)
+            for publication in self._published(room):
+                publication.set_subscribed(False)
             mouthpiece = Mouthpiece(self._join_timeout + 2.0)
             mouthpiece.otherwise(self._no_avatar)
             if self._mode == "local":
@@ -218,6 +221,17 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             agent_session.on(event, self._attend)
         if self._mode == "dispatch":
             self._keeper = asyncio.create_task(self._keep(room, agent), name="avatar-keeper")
+
+    def _published(self, room: rtc.Room) -> list[rtc.RemoteTrackPublication]:
+        avatar = room.remote_participants.get(self._identity)
+        return list(avatar.track_publications.values()) if avatar is not None else []
+
+    def _unwatched(
+        self, publication: rtc.RemoteTrackPublication, participant: rtc.RemoteParticipant
+    ) -> None:
+        """An agent need not receive and decode the picture that it sends out."""
+        if participant.identity == self._identity:
+            publication.set_subscribed(False)
 
     def _no_avatar(self) -> VoiceOnly:
         assert self._voice is not None
@@ -611,6 +625,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         await asyncio.gather(*self._leaving, return_exceptions=True)
         if self._silence is not None:
             self._silence.end()
+        if room is not None:
+            room.off("track_published", self._unwatched)
         if room is not None and self._mode == "dispatch":
             room.off("data_received", self._answered)
             if room.isconnected():

@@ -321,7 +321,7 @@ class Worker:
             metrics.SESSIONS_REFUSED.inc()
             logger.info("a room was passed on", extra={"reason": reason})
             await request.reject(terminate=False)
-            self._tell(request.job.room.name, order, "refused", reason)
+            self._tell(request.job.room.name, order, "refused", reason or "")
             return
         self._taken[request.id] = time.monotonic()  # before anything is awaited: the cap is hard
         try:
