@@ -768,9 +768,7 @@ class QueueFeed:
 
     def _left(self, delivery: Delivery) -> bool:
         """It stays with the broker, for the next worker: all but orders, once we are closing."""
-        return (
-            self._closing and delivery.lane != self.options.control and delivery.doomed is None
-        )
+        return self._closing and delivery.lane != self.options.control and delivery.doomed is None
 
     async def _taking(self, inbox: asyncio.Queue[Delivery]) -> None:
         while True:
