@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -521,12 +522,10 @@ def test_every_session_shares_the_clip(listening: Made) -> None:
 def test_a_full_disk_is_told(
     engine: VisemeEngine, listening: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from voipavatar.engines import filming
-
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(filming.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(AvatarError, match="make room"):
         engine.prepare(listening.film.path, tmp_path / "a", OPTIONS, quiet)
 
