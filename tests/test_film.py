@@ -140,6 +140,7 @@ class TestFilm(EngineContract):
             make=VisemeEngine,
             source=folder / "clip.mp4",
             options={"width": size[0], "height": size[1], "fps": 25},
+            posed=False,
             folder=folder,
             bad_sources={
                 "faceless": (folder / "blank.mp4", {}),

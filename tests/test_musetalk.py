@@ -366,7 +366,7 @@ def test_a_whole_frame_is_the_published_steps(kit: Kit) -> None:
     from voipavatar.avatar import to_i420
     from voipavatar.engines.musetalk import MuseTalkSession
 
-    from .test_blending import pillow_way
+    from voipavatar.blend_bench import pillow_way
 
     needs("PIL")
     engine = kit.engine

@@ -129,7 +129,7 @@ def test_vae_is_diffusers() -> None:
         # pixels as MuseTalk makes them: clamp, NHWC, times 255, rounded, BGR
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
         pixels = (pixels * 255).round().astype("uint8")[..., ::-1]
-        drawn = nets.Draw(ours)(latent).numpy()
+        drawn, sound = (one.numpy() for one in nets.Draw(ours)(latent))
     apart = np.abs(drawn.astype(int) - pixels)
     assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
 

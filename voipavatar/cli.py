@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -75,6 +77,7 @@ class _Group(click.Group):
         ("voipavatar", "models"): "models",
         ("voipavatar", "build"): "build",
         ("bench", "musetalk"): "bench_musetalk",
+        ("bench", "blend"): "bench_blend",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -569,6 +572,9 @@ async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> di
 
         async with Studio(settings) as studio:
             avatar = await studio.prepare(who, progress)
+            for name in who.idles:
+                tell(f"preparing {who.name}: {name}")
+                await studio.prepare(who.look(name))
         advice: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             manifest = json.loads((avatar.path / "manifest.json").read_text("utf-8"))
@@ -871,7 +877,7 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A picture or a clip, in place of a persona.",
 )
-@click.option("--size", help="WIDTHxHEIGHT; the persona's otherwise.")
+@click.option("--size", help="WIDTHxHEIGHT of the picture, as 1920x1080; the persona's own.")
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
@@ -884,14 +890,19 @@ def bench_engine(
     seconds: float,
     as_json: bool,
 ) -> int:
-    """Pictures a second that a persona's engine makes here.
+    """Milliseconds a picture of a persona's engine takes here, and sessions a core.
 
     With `--engine musetalk` it is `bench musetalk`, which has more options (--runtime, --recipe).
     """
     if name == "musetalk":
         from .musetalk_cli import bench_musetalk
 
-        args = [*context.args, *(["--json"] if as_json else [])]
+        said = {
+            key: ["--" + key, str(context.params[key])]
+            for key in ("persona", "seconds")
+            if context.get_parameter_source(key) is not ParameterSource.DEFAULT
+        }
+        args = [*context.args, *itertools.chain(*said.values()), *["--json"] * as_json]
         code = bench_musetalk.main(
             args, prog_name="voipavatar bench musetalk", standalone_mode=False, obj=context.obj
         )
@@ -899,11 +910,19 @@ def bench_engine(
     if context.args:
         raise click.UsageError(f"No such option: {context.args[0]}")
     chosen = name if name not in (None, "viseme") else persona
-    wanted = _pair(size, "x", "--size 1920x1080") if size else None
     return _bench(
-        "engine", context.obj, as_json, persona=chosen, portrait=portrait, size=wanted,
+        "engine", context.obj, as_json, persona=chosen, portrait=portrait, size=_size(size),
         seconds=seconds,
     )  # fmt: skip
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, by, height = text.lower().partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter("give WIDTHxHEIGHT, as 1920x1080", param_hint="--size")
+    return int(width), int(height)
 
 
 @bench.command("broadcast")
@@ -933,31 +952,48 @@ def bench_broadcast(settings: Settings, minutes: float) -> int:
     help="A further picture or clip; once or more.",
 )
 @click.option("--persona", "names", multiple=True, help="Only these of the personas.")
-@click.option("--voice", default="piper", show_default=True, help="One that tells phonemes.")
+@click.option(
+    "--voice",
+    "voices",
+    multiple=True,
+    help="piper, espeak, flite or flite:slt; once or more (all three).",
+)
+@click.option("--short", is_flag=True, help="Two sentences: a quick look, with few closures.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
 def bench_face(
     settings: Settings,
     portraits: tuple[Path, ...],
     names: tuple[str, ...],
-    voice: str,
+    voices: tuple[str, ...],
+    short: bool,
     as_json: bool,
 ) -> int:
-    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness."""
-    from .facebench import face, table
+    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness.
+
+    Ends with status 1 if a row is not within the limits that are printed under the table.
+    """
+    from .facebench import SHORT, TEXT, VOICES, face, passed, report, table
 
     async def measuring() -> list[dict[str, Any]]:
         with _steps() as tell:
-            return await face(settings, portraits=portraits, personas=names, voice=voice, tell=tell)
+            return await face(
+                settings,
+                portraits=portraits,
+                personas=names,
+                voices=voices or VOICES,
+                text=SHORT if short else TEXT,
+                tell=tell,
+            )
 
     rows = _run(measuring())
     if rows is None:
         return INTERRUPTED
     if as_json:
-        _print_json(rows)
+        _print_json(report(rows))
     else:
         print(table(rows))
-    return 0
+    return 0 if passed(rows) else 1
 
 
 @bench.command("queue")

@@ -46,6 +46,7 @@ from .engines.runtimes import (
     TensorRt,
     TorchRuntime,
     build_plan,
+    check_archs,
     device_arch,
     export_onnx,
     golden_gate,
@@ -56,7 +57,7 @@ from .engines.runtimes import (
 )
 from .errors import ConfigError
 from .media import ENGINE_RATE, Float32
-from .models import Recipe, require
+from .models import Recipe, is_random, require
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -159,8 +160,10 @@ def build(
     if recipe.generated is not None and not nets.Files(recipe, models).has("unet"):
         nets.generate(recipe, models, recipe.generated)
     files = nets.Files(recipe, models)
+    # what is missing, or can't be built here, is said before anything is done
+    built_for = check_archs(kind, archs)
     for name in ("unet", "vae", "whisper"):
-        files.path(name)  # says what is missing before anything is done
+        files.path(name)
     target = built_folder(recipe.name, kind, precision, settings)
     stage = target.with_name(target.name + ".new")
     shutil.rmtree(stage, ignore_errors=True)
@@ -205,7 +208,6 @@ def build(
             path.unlink()
             path.with_suffix(".data").unlink(missing_ok=True)
         hearing = files.hearing()
-        built_for = list(archs) or [here]
         version = (
             _version("onnxruntime")
             if kind == "onnxruntime"
@@ -217,17 +219,17 @@ def build(
             precision,
             kind,
             version,
-            BATCHES,
-            built_for[0],
+            arch=built_for[0],
         )
         artefacts = Artefacts(stage)
         artefacts.install(
             key,
             {
-                "archs": built_for,
+                "archs": list(built_for),
                 "whisper": asdict(hearing),
                 "gates": {k: {n: list(g) for n, g in v.items()} for k, v in gates.items()},
                 "plans": plans,
+                "random": is_random(recipe.networks["vae"].weights, models),
                 "made_by": __version__,
                 "files": {
                     one.name: {"bytes": one.stat().st_size, "sha256": file_digest(one)}

@@ -18,7 +18,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import aiohttp
@@ -35,7 +35,7 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
-from .agentstream import ALIVE, DISPATCH, PERSONA
+from .agentstream import ALIVE, DISPATCH, GESTURE, PERSONA, POSE
 from .config import Persona, Settings, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
@@ -148,6 +148,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._refusals: list[tuple[float, str]] = []
         self._failure = ""
         self._trouble = ""
+        self._agent: AgentSession[Any] | None = None
+        self._pose = ""
+        self._telling: asyncio.Task[None] | None = None
         self.lost = 0
         """Times that the avatar was lost, or did not come when it was first asked for."""
 
@@ -197,6 +200,10 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             await super().start(agent_session, room)
             self._room_name, agent = _place(room)
             self._voice = VoiceOnly(room)
+            agent_session.on("close", self._session_over)
+            room.on("track_published", self._unwatched)
+            for publication in self._published(room):
+                publication.set_subscribed(False)
             mouthpiece = Mouthpiece(self._join_timeout + 2.0)
             mouthpiece.otherwise(self._no_avatar)
             if self._mode == "local":
@@ -209,8 +216,22 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._mouthpiece = mouthpiece
         self._silence = _Silence(agent_session, room)
         agent_session.output.replace_audio_tail(mouthpiece)
+        self._agent = agent_session
+        for event in _TURNS:
+            agent_session.on(event, self._attend)
         if self._mode == "dispatch":
             self._keeper = asyncio.create_task(self._keep(room, agent), name="avatar-keeper")
+
+    def _published(self, room: rtc.Room) -> list[rtc.RemoteTrackPublication]:
+        avatar = room.remote_participants.get(self._identity)
+        return list(avatar.track_publications.values()) if avatar is not None else []
+
+    def _unwatched(
+        self, publication: rtc.RemoteTrackPublication, participant: rtc.RemoteParticipant
+    ) -> None:
+        """An agent need not receive and decode the picture that it sends out."""
+        if participant.identity == self._identity:
+            publication.set_subscribed(False)
 
     def _no_avatar(self) -> VoiceOnly:
         assert self._voice is not None
@@ -450,9 +471,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             self._mouthpiece.take_over(self._voice, alive)
         wire, self._wire = self._wire, None
         if wire is not None:
-            task = asyncio.ensure_future(wire.aclose())
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._spawn(wire.aclose())
         if not news:  # asked for again in vain
             logger.info("there is still no avatar", extra={"reason": reason})
             return
@@ -485,6 +504,61 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 raise VoipAvatarException(f"the persona was not changed: {error.message}") from None
         self._persona = persona  # what a new worker is asked for, should this one be lost
 
+    # -- while it is silent ------------------------------------------------------------------------
+
+    async def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now, also in the middle of speech.
+
+        VoipAvatarException says why there is none.
+        """
+        if not self._here.is_set() or self._room is None:
+            raise VoipAvatarException("there is no avatar to gesture now: wait_for_join() first")
+        try:
+            if self._mode == "local":
+                self._avatar.gesture(name)
+                return
+            await self._room.local_participant.perform_rpc(
+                destination_identity=self._identity,
+                method=GESTURE,
+                payload=name,
+                response_timeout=5.0,
+            )
+        except rtc.RpcError as error:
+            raise VoipAvatarException(f"there was no gesture: {error.message}") from None
+        except VoipAvatarError as error:
+            raise VoipAvatarException(f"there was no gesture: {error}") from None
+
+    def _attend(self, _: object) -> None:
+        """The conversation's turn has changed: listen, think, or be at ease."""
+        agent = self._agent
+        if agent is None:
+            return
+        if agent.user_state == "speaking":
+            pose = "listening"
+        else:
+            pose = {"thinking": "thinking", "listening": "attentive"}.get(agent.agent_state, "")
+        if pose == self._pose:
+            return
+        self._pose = pose
+        if self._mode == "local":
+            if self._here.is_set():
+                self._avatar.pose(pose)
+        elif self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell(), name="avatar-pose")
+
+    async def _tell(self) -> None:
+        """By an attribute of the agent's own, which a worker that comes later sees too."""
+        told = None
+        while self._room is not None and told != self._pose:
+            told = self._pose
+            try:
+                await asyncio.wait_for(
+                    self._room.local_participant.set_attributes({POSE: told}), timeout=5.0
+                )
+            except Exception as error:  # a face at ease is no reason to disturb the speech
+                logger.info("a pose was not told", extra={"error": type(error).__name__})
+                return
+
     # -- waiting and ending ------------------------------------------------------------------------
 
     async def wait_for_join(self, *, timeout: float | None = 30.0) -> None:
@@ -493,18 +567,17 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         That it won't come is told as soon as it is known, where that is before `timeout`. Waiting
         for one that was lost goes on, since it is asked for again.
         """
-        begin, lost = time.monotonic(), self.lost
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        lost = self.lost
         try:
             while not self._here.is_set():
-                if not lost and self.lost:
+                left = end - time.monotonic()
+                if left <= 0 or (not lost and self.lost):
                     raise asyncio.TimeoutError
-                left = 0.1 if timeout is None else min(0.1, begin + timeout - time.monotonic())
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._here.wait(), max(0.0, left))
-                if left <= 0 and not self._here.is_set():
-                    raise asyncio.TimeoutError
-            left = None if timeout is None else max(0.1, begin + timeout - time.monotonic())
-            await super().wait_for_join(timeout=left)
+                    await asyncio.wait_for(self._here.wait(), min(0.1, left))
+            left = end - time.monotonic()
+            await super().wait_for_join(timeout=None if timeout is None else max(0.1, left))
         except asyncio.TimeoutError:
             raise AvatarJoinTimeout(
                 self._trouble
@@ -517,10 +590,28 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name="avatar-close")
         await asyncio.shield(self._closing)
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+    def _session_over(self, _: Any) -> None:
+        """The agent that went on without its avatar has said its last word."""
+        if self._closing is not None and self._voice is not None:
+            self._spawn(self._voice.aclose())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="avatar-leave")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def _close(self) -> None:
         room = self._room
         self._here.clear()
+        if self._agent is not None:
+            for event in _TURNS:
+                self._agent.off(event, self._attend)
+            self._agent = None
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -534,6 +625,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         await asyncio.gather(*self._leaving, return_exceptions=True)
         if self._silence is not None:
             self._silence.end()
+        if room is not None:
+            room.off("track_published", self._unwatched)
         if room is not None and self._mode == "dispatch":
             room.off("data_received", self._answered)
             if room.isconnected():
@@ -553,6 +646,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
 
 
 # --- small things ---------------------------------------------------------------------------------
+
+_TURNS: tuple[Literal["agent_state_changed", "user_state_changed"], ...] = (
+    "agent_state_changed",
+    "user_state_changed",
+)
+"""Events of an agent's session that tell whose turn it is."""
 
 
 def _given(argument: str, value: NotGivenOr[str]) -> str:

@@ -106,6 +106,8 @@ class Session(Protocol):
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def choose_voice(self, name: str | None) -> None: ...
+    async def swap_persona(self, persona: Any) -> None: ...
+    async def choose_idle(self, name: str) -> None: ...
     def events(self) -> AsyncIterator[dict[str, Any]]: ...
 
 
@@ -283,11 +285,11 @@ class Wire:
         self._doubt = asyncio.Event()
         joint = "&" if "?" in options.url else "?"
         name = f"voipavatar@{socket.gethostname()}"
-        connection = await aio_pika.connect(
-            f"{options.url}{joint}heartbeat={options.heartbeat}&name={name}",
-            timeout=options.timeout,
-        )
-        self._connection = connection
+        url = f"{options.url}{joint}heartbeat={options.heartbeat}&name={name}"
+        # Not by `aio_pika.connect`: what that leaves of a connection that failed wants to be
+        # closed when it is collected, wherever that may be.
+        connection = self._connection = aio_pika.Connection(aio_pika.connection.make_url(url))
+        await connection.connect(timeout=options.timeout)
         self.generation += 1
         self.connects += 1
         doubt = self._doubt
@@ -423,7 +425,7 @@ class Wire:
 
     async def ready(self, name: str) -> int:
         """Messages that wait in a queue."""
-        if self._connection is None:
+        if self._connection is None or not self.up.is_set():
             raise TransportError("the broker is not there")
         channel = await self._channel(self._connection, vital=False)
         try:
@@ -1354,18 +1356,26 @@ class QueueFeed:
             await session.interrupt()
         elif command == "voice":
             session.choose_voice(message.value)
-        elif command == "persona":
-            swap = getattr(session, "swap_persona", None)
-            if swap is None:
-                raise Refused("unsupported", "this session can't change its persona while on air")
-            await swap(self._directory.load(message.value or ""))
+        elif job.delivery is not None and job.delivery.lane == self.options.control:
+            # A face may have to be prepared first: the next order must not wait for that.
+            self._hold(self._changing(job, session, message), "rabbitmq-change")
+            return
         else:
-            change = getattr(session, "choose_idle", None)
-            if change is None:
-                raise Refused(
-                    "unsupported", f"the engine {session.persona.engine!r} has no idle clips"
-                )
-            await change(message.value)
+            await self._changing(job, session, message)
+            return
+        self._end(job, "finished", spoken_ms=0)
+
+    async def _changing(self, job: _Job, session: Any, message: ControlMessage) -> None:
+        """Another face. One after the other, in the order in which they were asked for."""
+        assert message.value is not None
+        try:
+            if message.command == "persona":
+                await session.swap_persona(self._directory.load(message.value))
+            else:
+                await session.choose_idle(message.value)
+        except Exception as error:
+            await self._fail(job, error)
+            return
         self._end(job, "finished", spoken_ms=0)
 
     # -- outcomes ----------------------------------------------------------------------------------

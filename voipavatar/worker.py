@@ -321,7 +321,7 @@ class Worker:
             metrics.SESSIONS_REFUSED.inc()
             logger.info("a room was passed on", extra={"reason": reason})
             await request.reject(terminate=False)
-            self._tell(request.job.room.name, order, "refused", reason)
+            self._tell(request.job.room.name, order, "refused", reason or "")
             return
         self._taken[request.id] = time.monotonic()  # before anything is awaited: the cap is hard
         try:
@@ -414,7 +414,16 @@ class Worker:
                 raise ConfigError("the avatar is not on air yet: ask again")
             await session.swap_persona(name)
 
-        stream = AgentStream(agent=order.agent, on_persona=become)
+        def pose(name: str) -> None:
+            if session is not None:
+                session.pose(name)
+
+        def gesture(name: str) -> None:
+            if session is None:
+                raise ConfigError("the avatar is not on air yet: ask again")
+            session.gesture(name)
+
+        stream = AgentStream(agent=order.agent, on_persona=become, on_pose=pose, on_gesture=gesture)
         follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,
