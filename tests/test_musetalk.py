@@ -280,26 +280,33 @@ def test_a_reset_in_the_middle_of_a_batch(kit: Kit) -> None:
     )
 
 
-def test_an_answer_that_is_no_number_is_not_shown(kit: Kit, caplog: Any) -> None:
+@pytest.mark.parametrize("where", ["imagine", "draw"])
+def test_an_answer_that_is_no_number_is_not_shown(kit: Kit, caplog: Any, where: str) -> None:
+    """A latent that is none, and a decoder whose sums ran over: black, or patches, otherwise."""
     engine = kit.engine
     assert isinstance(engine, MuseTalk)
     networks = engine.networks(*read_options(kit.options))
-    real = networks.imagine
+    real = getattr(networks, where)
 
     class Sick:
         def __call__(self, feeds: Any) -> dict[str, Any]:
-            return {"latent": real(feeds)["latent"] * np.float32(np.nan)}
+            good = real(feeds)
+            if where == "imagine":
+                return {"latent": good["latent"] * np.float32(np.nan)}
+            assert good["sound"].tolist() == [1] * len(good["face"])
+            return {"face": np.zeros_like(good["face"]), "sound": np.zeros_like(good["sound"])}
 
         def close(self) -> None:
             return None
 
     session, idle = kit.open(), kit.open()
     jobs = turn(session, iter([babble(0.4)]))
-    networks.imagine = Sick()
+    setattr(networks, where, Sick())
     try:
         kit.same(kit.draw(jobs), kit.draw(idle.idle(len(jobs))))
     finally:
-        networks.imagine, networks.failed = real, False
+        setattr(networks, where, real)
+        networks.failed = False
     assert "not a number" in caplog.text
 
 
@@ -364,9 +371,8 @@ def test_a_whole_frame_is_the_published_steps(kit: Kit) -> None:
     import cv2
 
     from voipavatar.avatar import to_i420
-    from voipavatar.engines.musetalk import MuseTalkSession
-
     from voipavatar.blend_bench import pillow_way
+    from voipavatar.engines.musetalk import MuseTalkSession
 
     needs("PIL")
     engine = kit.engine
@@ -408,9 +414,60 @@ def test_the_bench_says_what_it_measured(kit: Kit) -> None:
     report = bench(engine, kit.avatar, sessions=(1, 2), seconds=0.1, command="voipavatar bench x")
     assert report["stage_ms"]["1"].keys() == {"hear", "imagine", "draw"}
     assert report["sessions"].keys() == {"1", "2"}
+    for one in report["sessions"].values():
+        assert 0 < one["picture_ms_p50"] <= one["picture_ms_p95"] <= one["picture_ms_p99"]
+        # what must be heard first (92.5 ms and one more frame of the step) is part of the way
+        assert one["sound_to_picture_ms_p95"] > 132
+    assert report["against_fp32"] == {"mean": 0.0, "max": 0.0, "sound": True}
+    assert report["memory_mb"] > 50
     assert 0 < report["share_of_matmul"] < 1 and report["gflop_a_frame"] > 0.1
     text = table(report)
     assert "voipavatar bench x" in text and "torch" in text and "| 1 |" in text
+    assert "nan" not in text.lower() and "against fp32 torch" in text
+
+
+def test_bench_engine_takes_its_own_options_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench engine --engine musetalk --persona X --seconds Y` measures X for Y seconds."""
+    import click
+
+    from voipavatar import cli, musetalk_cli
+
+    seen: dict[str, Any] = {}
+    real = musetalk_cli.bench_musetalk
+    told = click.Command("musetalk", params=real.params, callback=lambda **said: seen.update(said))
+    monkeypatch.setattr(musetalk_cli, "bench_musetalk", told)
+    words = ["bench", "engine", "--engine", "musetalk", "--persona", "me.yaml", "--seconds", "3"]
+    cli.cli.main([*words, "--runtime", "onnxruntime", "--json"], standalone_mode=False)
+    wanted = {"persona": "me.yaml", "seconds": 3.0, "runtime": "onnxruntime", "as_json": True}
+    assert wanted.items() <= seen.items()
+    cli.cli.main(words[:4], standalone_mode=False)
+    assert seen["persona"] is None and seen["seconds"] == 2.0
+
+
+def test_random_weights_measure_and_are_never_taken_for_real(tmp_path: Path) -> None:
+    """`models random`: the engine runs on them, `models verify` and `pull` know them."""
+    from voipavatar.engines.musetalk_nets import generate
+    from voipavatar.models import load_recipe, verify
+
+    text = small_recipe(tmp_path).read_text().replace("generated: 20240414\n", "")
+    (tmp_path / "real.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "real.yaml")
+    assert recipe.generated is None
+    generate(recipe, tmp_path / "m", seed=1)
+    told = {one.file.path: one for one in verify(recipe, tmp_path / "m")}
+    for name in ("unet", "vae", "whisper"):
+        one = told[recipe.networks[name].weights]
+        assert one.state == "damaged" and "random weights" in one.message
+    engine = MuseTalk(Settings(cache_dir=tmp_path), device="cpu")
+    options = {"recipe": str(tmp_path / "real.yaml"), "models": str(tmp_path / "m")}
+    assert engine.networks(*read_options(options)).random
+    engine.close()
+    # the same content without the mark is a VAE that gives no picture back
+    (tmp_path / "m/random.json").unlink()
+    engine = MuseTalk(Settings(cache_dir=tmp_path), device="cpu")
+    with pytest.raises(EngineError, match="sd-vae-ft-mse"):
+        engine.networks(*read_options(options))
+    engine.close()
 
 
 def test_commands_import_lightly() -> None:
