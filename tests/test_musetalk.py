@@ -470,6 +470,69 @@ def test_random_weights_measure_and_are_never_taken_for_real(tmp_path: Path) -> 
     engine.close()
 
 
+def test_a_persona_of_this_engine_is_prepared_rendered_and_on_air(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """YAML to pictures, as `prepare`, `render` and everything that opens a session (`demo`,
+    `serve`, `worker`, `stream`) does it; a CPU is enough for the reduced model."""
+    import asyncio
+    import wave
+
+    import av
+    import yaml
+
+    from voipavatar.cli import cli
+    from voipavatar.config import load_persona
+    from voipavatar.session import Studio
+    from voipavatar.sinks import FileSink
+
+    monkeypatch.setenv("VOIPAVATAR_CACHE", str(tmp_path / "cache"))
+    persona = {
+        "engine": "musetalk",
+        "portrait": str(kit.source),
+        "landmarks": kit.options["landmarks"],
+        "width": 320,
+        "height": 240,
+        "voice": ["espeak"],
+        "engine_options": {"recipe": "musetalk-tiny"},
+    }
+    (tmp_path / "me.yaml").write_text(yaml.safe_dump(persona))
+    speech = (babble(1.0) * 20_000).astype(np.int16)
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setparams((1, 2, ENGINE_RATE, 0, "NONE", ""))
+        file.writeframes(speech.tobytes())
+    me = ["--persona", str(tmp_path / "me.yaml")]
+    render = ["render", *me, "--audio", str(tmp_path / "a.wav"), "--out", str(tmp_path / "a.mp4")]
+    for words in (["prepare", *me], render):
+        assert not cli.main(words, standalone_mode=False), words
+
+    def moved(path: Path, at: int) -> float:
+        """How far picture `at` lies from the first, which is idle."""
+        with av.open(str(path)) as clip:
+            shown = [frame.to_ndarray(format="gray") for frame in clip.decode(video=0)]
+        assert shown[0].shape == (240, 320)
+        return float(np.abs(shown[at].astype(int) - shown[0].astype(int)).max())
+
+    assert moved(tmp_path / "a.mp4", 20) > 10 >= moved(tmp_path / "a.mp4", 1)
+
+    async def on_air() -> None:
+        settings = Settings(cache_dir=tmp_path / "cache")
+        async with Studio(settings) as studio:
+            session = await studio.open(
+                load_persona(str(tmp_path / "me.yaml"), settings),
+                sinks=[
+                    lambda spec: FileSink(tmp_path / "b.mp4", spec.width, spec.height, spec.fps)
+                ],
+            )
+            said = session.open_turn()
+            said.push(speech, ENGINE_RATE)
+            said.end()
+            played = await asyncio.wait_for(said.finished, 120)
+            assert played.heard == pytest.approx(1.0, abs=0.05) and not played.interrupted
+
+    asyncio.run(on_air())
+
+
 def test_commands_import_lightly() -> None:
     import subprocess
     import sys
