@@ -217,7 +217,8 @@ def _pixels(data: bytes) -> UInt8:
         picture = None
     if picture is None:
         raise AvatarError(
-            "the portrait can't be read as a picture: use a PNG, JPEG or WebP that opens elsewhere"
+            "the portrait can't be read as a picture or a clip: use a PNG, JPEG or WebP, or a film"
+            " in a common format, that opens elsewhere"
         )
     if picture.shape[2] == 4:
         if picture.dtype == np.uint16:
@@ -611,7 +612,7 @@ class VisemeEngine:
     ) -> Float32:
         """How much of each pixel is the person, 0 to 1; `own` is what the portrait says of it."""
         if own is not None:
-            return own.astype(np.float32) / 255
+            return np.asarray(own / np.float32(255), np.float32)
         try:
             network = matte_model(self._settings or Settings.from_env(), tell)
         except TransportError as error:
