@@ -23,7 +23,7 @@ from voipavatar.config import Persona, Settings
 from voipavatar.engines import Spec
 from voipavatar.feed import Place
 from voipavatar.ledger import Ledger, SqliteLedger
-from voipavatar.media import Clock, Frame
+from voipavatar.media import Clock, Frame, UInt8
 from voipavatar.messages import OUTCOMES, Event, read_event
 from voipavatar.rabbitmq import QueueFeed, QueueOptions
 from voipavatar.session import Session, Studio
@@ -68,15 +68,20 @@ class Watch:
     def __init__(self, spec: Spec) -> None:
         self.turns: list[int] = []
         """Every turn of which a frame was shown, in order of their first."""
-        self.last = time.monotonic()
+        self.last: float | None = None
         self.gap = 0.0
-        """The longest time without a frame, in seconds."""
+        """The longest time between two frames, in seconds."""
         self.frames = 0
+        self.image: UInt8 | None = None
+        """The last picture."""
 
     def put(self, frame: Frame) -> None:
         now = time.monotonic()
-        self.gap, self.last = max(self.gap, now - self.last), now
+        if self.last is not None:
+            self.gap = max(self.gap, now - self.last)
+        self.last = now
         self.frames += 1
+        self.image = frame.image
         if frame.turn is not None and frame.turn not in self.turns[-3:]:
             self.turns.append(frame.turn)
 
@@ -115,6 +120,7 @@ async def working(
     clock: Callable[[], Clock] | None = None,
     stage: Options | None = None,
     wait: bool = True,
+    persona: Persona = CLAPPER,
 ) -> AsyncIterator[Rig]:
     """A worker. With `wait` its broker is there before this goes on."""
     own = ledger or SqliteLedger(folder / "messages.sqlite")
@@ -127,10 +133,10 @@ async def working(
     async with contextlib.AsyncExitStack() as undo:
         undo.push_async_callback(own.aclose)
         studio = await undo.enter_async_context(Studio(Settings(cache_dir=folder)))
-        place = Place(studio, CLAPPER, options.queue, sinks=[sink])
+        place = Place(studio, persona, options.queue, sinks=[sink])
         if clock is not None:
             session = await studio.open(
-                CLAPPER, id=options.queue, sinks=[sink], clock=clock(), options=stage
+                persona, id=options.queue, sinks=[sink], clock=clock(), options=stage
             )
             place.adopt(session)
         else:
@@ -145,11 +151,13 @@ async def working(
 class Client:
     """Sends to a queue and hears its events, over a connection of its own."""
 
-    def __init__(self, url: str, options: QueueOptions) -> None:
+    def __init__(self, url: str, options: QueueOptions, session: str | None = None) -> None:
+        """Hears of `session`; by default of that which has the queue's name, "*" is all."""
         self.events: list[Event] = []
         self.raw: list[AbstractIncomingMessage] = []
         self.options = options
         self._url = url
+        self._session = session or options.queue
         self._connection: AbstractRobustConnection | None = None
         self._channel: AbstractChannel | None = None
         self._new = asyncio.Event()
@@ -163,7 +171,7 @@ class Client:
             self.options.events, aio_pika.ExchangeType.TOPIC, durable=True
         )
         queue = await self._channel.declare_queue(f"ear-{uuid.uuid4().hex[:8]}", durable=True)
-        await queue.bind(exchange, f"session.{self.options.queue}.*")
+        await queue.bind(exchange, f"session.{self._session}.*")
         await queue.consume(self._heard, no_ack=False)
         return self
 
@@ -172,8 +180,10 @@ class Client:
         await self._connection.close()
 
     async def _heard(self, message: AbstractIncomingMessage) -> None:
-        self.raw.append(message)
-        self.events.append(read_event(message.body))
+        event = read_event(message.body)
+        if event.queue in (None, self.options.queue):
+            self.raw.append(message)
+            self.events.append(event)
         self._new.set()
         with contextlib.suppress(Exception):
             await message.ack()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from livekit import rtc
-from livekit.agents import AgentSession
+from livekit import api, rtc
+from livekit.agents import AgentServer, AgentSession, JobContext, JobExecutorType
 
 from voipavatar.config import Persona
 from voipavatar.livekit_server import LiveKitServer
@@ -88,6 +89,167 @@ async def test_a_local_avatar_says_shows_and_reports(livekit: LiveKitServer) -> 
         assert who.attributes["lk.publish_on_behalf"] == "agent"
         assert who.kind == rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
     assert not room.isconnected()
+
+
+async def test_metrics_tell_when_it_joined_and_how_late_it_speaks(livekit: LiveKitServer) -> None:
+    async with Joined(livekit, new_room("metrics")) as room:
+        session = agent_session("one two three")
+        avatar = AvatarSession(persona=CLAPPER, mode="local")
+        own: list[Any] = []
+        through: list[Any] = []
+        avatar.on("metrics_collected", own.append)
+        session.on("metrics_collected", lambda event: through.append(event.metrics))
+        try:
+            await avatar.start(session, room, **keys(livekit))
+            await session.start(Plain(), room=room, record=False)
+            await avatar.wait_for_join(timeout=10)
+            handle = session.generate_reply(user_input="count")
+            await asyncio.wait_for(handle.wait_for_playout(), 10)
+            end = time.monotonic() + 2
+            while len(own) < 2 and time.monotonic() < end:
+                await asyncio.sleep(0.02)
+        finally:
+            await session.aclose()
+            await avatar.aclose()
+    joined, spoke = own
+    assert joined.avatar_joined_time >= joined.session_started_time
+    print(f"playback latency {spoke.playback_latency * 1000:.0f} ms")
+    assert 0 < spoke.playback_latency < 1.0
+    assert joined.metadata.model_provider == "voipavatar"
+    assert [one for one in through if one in own] == own
+
+
+def voices(room: rtc.Room) -> list[str]:
+    """The sound tracks that somebody who looks at `room` is offered, by name."""
+    return [
+        one.name
+        for who in room.remote_participants.values()
+        for one in who.track_publications.values()
+        if one.kind == rtc.TrackKind.KIND_AUDIO
+    ]
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["published", "being published"])
+async def test_an_avatar_for_a_session_that_runs_already(
+    livekit: LiveKitServer, published: bool
+) -> None:
+    """The session's own track goes, also when it is only on its way: there is one voice."""
+    name = new_room("after")
+    async with Joined(livekit, name) as room, Joined(livekit, name, "person", "standard") as person:
+        session = agent_session()
+        avatar = AvatarSession(persona=CLAPPER, mode="local")
+        own = room.local_participant.track_publications
+        try:
+            await session.start(Plain(), room=room, record=False)
+            if published:
+                await until(lambda: bool(own))
+            await avatar.start(session, room, **keys(livekit))
+            linked = session.room_io
+            await until(lambda: linked.linked_participant is not None)
+            await asyncio.sleep(0.3)
+            await until(lambda: not own)
+            handle = await said(session, "one two three")
+            assert not handle.interrupted
+            assert voices(person) == ["avatar_audio"]
+            # Taken away again, it leaves the agent its voice.
+            await avatar.aclose()
+            begin = time.monotonic()
+            await said(session, "one two")
+            assert time.monotonic() - begin >= 0.4 and voices(person) == ["agent_audio"]
+        finally:
+            await session.aclose()
+            await avatar.aclose()
+
+
+async def until(true: Callable[[], bool], limit: float = 8.0) -> None:
+    end = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "not connected yet"])
+async def test_inside_a_job(livekit: LiveKitServer, connected: bool) -> None:
+    """As an agent's worker runs it, also before the job's room is connected."""
+    name, room_name = new_room("jobs"), new_room("job")
+    done: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+
+    async def entry(job: JobContext) -> None:
+        try:
+            session = agent_session()
+            avatar = AvatarSession(persona=CLAPPER, mode="local")
+            if connected:
+                await job.connect()
+            await avatar.start(session, job.room, **keys(livekit))
+            await session.start(Plain(), room=job.room, record=False)
+            await avatar.wait_for_join(timeout=10)
+            await until(lambda: bool(voices(job.room)))
+            handle = await said(session, "one two")
+            [face] = job.room.remote_participants.values()
+            done.set_result(
+                {
+                    "interrupted": handle.interrupted,
+                    "voices": voices(job.room),
+                    "behalf": face.attributes.get("lk.publish_on_behalf"),
+                    "agent": job.room.local_participant.identity,
+                }
+            )
+        except BaseException as error:
+            done.set_exception(error)
+            raise
+        finally:
+            job.shutdown("that was all")
+
+    server = AgentServer(
+        job_executor_type=JobExecutorType.THREAD, load_fnc=lambda *_: 0.0, load_threshold=1.0,
+        num_idle_processes=1, ws_url=livekit.url, api_key=livekit.api_key,
+        api_secret=livekit.api_secret, host="127.0.0.1", port=0,
+    )  # fmt: skip
+    server.rtc_session(agent_name=name)(entry)
+    ready = asyncio.Event()
+    server.on("worker_registered", lambda *_: ready.set())
+    serving = asyncio.create_task(server.run())
+    try:
+        await asyncio.wait_for(ready.wait(), 20)
+        async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+            wish = api.CreateAgentDispatchRequest(agent_name=name, room=room_name)
+            await lk.agent_dispatch.create_dispatch(wish)
+            found = await asyncio.wait_for(asyncio.wrap_future(done), 30)
+            assert found["voices"] == ["avatar_audio"] and not found["interrupted"]
+            assert found["behalf"] == found["agent"]
+            end = time.monotonic() + 10
+            while True:  # the end of the job is the end of its avatar
+                inside = await lk.room.list_participants(
+                    api.ListParticipantsRequest(room=room_name)
+                )
+                if not inside.participants:
+                    break
+                assert time.monotonic() < end, "the avatar stayed"
+                await asyncio.sleep(0.1)
+    finally:
+        await server.aclose()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+async def test_the_face_follows_the_conversation(livekit: LiveKitServer) -> None:
+    """Attentive while the user may speak, listening while they do, thinking while the answer is
+    made; and a gesture when the agent asks for one."""
+    name = new_room("poses")
+    async with local(livekit, name, "one two") as (session, avatar, _):
+        await avatar.wait_for_join(timeout=10)
+        stage = avatar._avatar.stage
+        told: list[str] = []
+        stage.pose, usual = (lambda pose: (told.append(pose), usual(pose))[1]), stage.pose
+        session._update_user_state("speaking")
+        session._update_user_state("listening")
+        await asyncio.wait_for(session.generate_reply(user_input="hello").wait_for_playout(), 20)
+        await asyncio.sleep(0.3)
+        assert told[0] == "listening" and told[-1] == "attentive"
+        assert "thinking" in told and "" in told
+        assert told.index("thinking") < told.index(""), "it thinks before it speaks"
+        with pytest.raises(VoipAvatarException, match="no gestures"):
+            await avatar.gesture("nod")
 
 
 async def test_interruptions_of_a_local_avatar(livekit: LiveKitServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -32,9 +33,10 @@ ROOT = Path(__file__).parent.parent
 server = pytest.mark.server
 
 
-def settings_of(livekit: LiveKitServer) -> Settings:
+def settings_of(livekit: LiveKitServer, *personas: Path) -> Settings:
     return dataclasses.replace(
         Settings.from_env({}),
+        persona_dirs=personas,
         livekit_url=livekit.url,
         livekit_api_key=livekit.api_key,
         livekit_api_secret=livekit.api_secret,
@@ -49,6 +51,12 @@ def keys(livekit: LiveKitServer) -> dict[str, str]:
     }
 
 
+def small(folder: Path) -> str:
+    """A persona that costs next to nothing; its name."""
+    (folder / "small.yaml").write_text("engine: clapper\nwidth: 320\nheight: 180\n")
+    return "small"
+
+
 def unique(name: str) -> str:
     return f"{name}-{uuid.uuid4().hex[:6]}"
 
@@ -58,7 +66,8 @@ async def working(livekit: LiveKitServer, name: str, **more: Any) -> AsyncIterat
     """A worker in this process."""
     there = asyncio.Event()
     options: dict[str, Any] = {"capacity": 2, "drain": 10.0, "personas": ("clapper",), **more}
-    worker = Worker(settings_of(livekit), agent_name=name, ready=lambda url: there.set(), **options)
+    settings = options.pop("settings", None) or settings_of(livekit)
+    worker = Worker(settings, agent_name=name, ready=lambda url: there.set(), **options)
     task = asyncio.create_task(worker.run())
     try:
         waiting = asyncio.ensure_future(there.wait())
@@ -75,16 +84,19 @@ async def working(livekit: LiveKitServer, name: str, **more: Any) -> AsyncIterat
 
 
 @asynccontextmanager
-async def process(livekit: LiveKitServer, name: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def process(
+    livekit: LiveKitServer, name: str, persona: str = "clapper", personas: Path | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A worker as a person runs it."""
     env = {
         **os.environ,
+        "VOIPAVATAR_PERSONAS": str(personas or ""),
         "PYTHONPATH": str(ROOT),
         "LIVEKIT_URL": livekit.url,
         "LIVEKIT_API_KEY": livekit.api_key,
         "LIVEKIT_API_SECRET": livekit.api_secret,
     }
-    command = "worker --sessions 2 --persona clapper --port 0 --drain 8 --name".split()
+    command = f"worker --sessions 2 --persona {persona} --port 0 --drain 8 --name".split()
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "voipavatar", *command, name, env=env,
         stderr=asyncio.subprocess.PIPE,
@@ -226,7 +238,7 @@ async def test_nobody_there_is_told_and_the_agent_speaks_alone(livekit: LiveKitS
         assert lost and name in lost[0]
         assert len(room.local_participant.track_publications) == 1, "its own voice"
         # And with a worker, late as it is, the avatar takes over.
-        async with working(livekit, name):
+        async with working(livekit, name, drain=1.0):
             await avatar.wait_for_join(timeout=30)
             await said(session, "one two")
             end = time.monotonic() + 5
@@ -264,36 +276,62 @@ async def test_an_avatar_that_is_killed_comes_back(livekit: LiveKitServer) -> No
 
 
 @server
-async def test_caps_hold_and_what_is_too_much_goes_elsewhere(livekit: LiveKitServer) -> None:
-    """Fifty at once on two workers: as many run as there is room for, and no more."""
+@pytest.mark.slow
+async def test_fifty_at_once_on_room_for_eight(livekit: LiveKitServer, tmp_path: Path) -> None:
+    """Two workers of three and five: eight avatars come, forty-two agents are told why not."""
     name = unique("caps")
-    async with working(livekit, name, capacity=1, grace=60.0) as small:
-        async with working(livekit, name, capacity=2, grace=60.0) as large:
-            async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
-                rooms = [unique("full") for _ in range(20)]
-                begin = time.monotonic()
-                await asyncio.gather(
-                    *(
-                        lk.agent_dispatch.create_dispatch(
-                            api.CreateAgentDispatchRequest(
-                                agent_name=name, room=room, metadata='{"persona": "clapper"}'
-                            )
-                        )
-                        for room in rooms
-                    )
-                )
-                while time.monotonic() - begin < 10:
-                    await asyncio.sleep(0.1)
-                    assert small.health()["taken"] <= 1 and large.health()["taken"] <= 2
-                assert small.health()["sessions"] == 1 and large.health()["sessions"] == 2
-                print("refused", small.refused, large.refused)
-                assert small.refused + large.refused >= 17
-                for room in rooms:
-                    await lk.room.delete_room(api.DeleteRoomRequest(room=room))
-                end = time.monotonic() + 10
-                while small.health()["taken"] + large.health()["taken"]:
-                    assert time.monotonic() < end, "a room was left half open"
-                    await asyncio.sleep(0.1)
+    more = {"personas": (small(tmp_path),), "settings": settings_of(livekit, tmp_path)}
+    async with contextlib.AsyncExitStack() as undo:
+        three = await undo.enter_async_context(working(livekit, name, capacity=3, **more))
+        five = await undo.enter_async_context(working(livekit, name, capacity=5, **more))
+        rooms = [unique("full") for _ in range(50)]
+        joined = await asyncio.gather(
+            *(undo.enter_async_context(Joined(livekit, room)) for room in rooms)
+        )
+        avatars = [AvatarSession(persona="small", agent_name=name) for _ in rooms]
+        sessions = [agent_session() for _ in rooms]
+        answers: dict[int, tuple[float, str]] = {}
+        begin = time.monotonic()
+
+        async def ask(number: int) -> None:
+            avatar = avatars[number]
+            await avatar.start(sessions[number], joined[number], **keys(livekit))
+            try:
+                await avatar.wait_for_join(timeout=15)
+                answers[number] = time.monotonic() - begin, ""
+            except AvatarJoinTimeout as error:
+                answers[number] = time.monotonic() - begin, str(error)
+
+        asking = asyncio.gather(*(ask(number) for number in range(50)))
+        try:
+            while not asking.done():
+                await asyncio.wait([asking], timeout=0.02)
+                assert three.health()["taken"] <= 3 and five.health()["taken"] <= 5
+            await asking
+            came = [when for when, reason in answers.values() if not reason]
+            told = [(when, reason) for when, reason in answers.values() if reason]
+            print(
+                f"{len(came)} joined within {max(came):.1f} s; {len(told)} were refused within "
+                f"{max(when for when, _ in told):.1f} s: {told[0][1]}"
+            )
+            assert len(came) == 8 and len(told) == 42
+            assert max(when for when, _ in told) <= 10
+            assert all("full (3 of 3 rooms)" in reason for _, reason in told)
+            assert all("full (5 of 5 rooms)" in reason for _, reason in told)
+            assert three.health()["sessions"] == 3 and five.health()["sessions"] == 5
+        finally:
+            await asyncio.gather(*(avatar.aclose() for avatar in avatars))
+            await asyncio.gather(*(session.aclose() for session in sessions))
+        async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+            end = time.monotonic() + 10
+            while three.health()["taken"] + five.health()["taken"]:
+                assert time.monotonic() < end, "an avatar stayed behind"
+                await asyncio.sleep(0.1)
+            for room in rooms:
+                inside = await lk.room.list_participants(api.ListParticipantsRequest(room=room))
+                assert [one.identity for one in inside.participants] == ["agent"], "half open"
+                left = await lk.agent_dispatch.list_dispatch(room)
+                assert not [one for one in left if one.agent_name == name], "still asked for"
 
 
 @server

@@ -11,13 +11,14 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .config import Persona, Settings, load_persona
 from .engines import Spec
-from .errors import VoipAvatarError
+from .errors import ConfigError, VoipAvatarError
 from .livekit_server import LiveKitServer
 from .media import FRAME_RATE, Frame, Int16
 from .room import RoomOptions
@@ -176,9 +177,11 @@ async def sync(
     """Flash against beep at a viewer in a real room. Positive: the picture is late.
 
     `seen_*` is what the viewer sees and hears. `source_*` is what was sent: less what the viewer's
-    own jitter buffers add, by WebRTC's statistics of the same second (exact to about 10 ms). With
-    `stall_after` the event loop is held for one second then, and `after_stall_*` tells the offsets
-    at the source from two seconds after it on.
+    own jitter buffers add, by WebRTC's statistics of the same second (exact to about 10 ms), and
+    `steady_*` are running medians of five of that, which no single late wake-up moves.
+    `source_drift` is the median of the last tenth less that of the first. With `stall_after` the
+    event loop is held for one second then, and `after_stall_*` tells the offsets at the source
+    from two seconds after it on.
     """
     async with _Server(settings, server, tell) as access:
         tell(f"measuring for {minutes:g} min")
@@ -194,11 +197,14 @@ async def sync(
                 status = session.status()
     if not measured.seen:
         raise VoipAvatarError("the viewer saw no flash and heard no beep: is the machine too busy?")
+    source = [value for _, value in measured.source()]
     found: dict[str, Any] = machine() | {
         "minutes": minutes,
         "beeps": len(measured.seen),
         **_spread("seen", [value for _, value in measured.seen]),
-        **_spread("source", [value for _, value in measured.source()]),
+        **_spread("source", source),
+        **_spread("steady", _smooth(source)),
+        "source_drift": _drift(source),
         **summary("gap", measured.gaps),
         "underruns": status["room"]["underruns"],
         "late": status["counters"]["late"],
@@ -214,6 +220,14 @@ async def sync(
 def _smooth(values: list[float]) -> list[float]:
     """Running medians of five: the viewer's buffers are known by the second, not by the beep."""
     return [float(np.median(values[i : i + 5])) for i in range(max(1, len(values) - 4))]
+
+
+def _drift(values: list[float]) -> float:
+    """Milliseconds between the median of the last tenth and that of the first."""
+    tenth = max(1, len(values) // 10)
+    if not values:
+        return 0.0
+    return round(float(np.median(values[-tenth:]) - np.median(values[:tenth])) * 1000, 1)
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
@@ -328,15 +342,32 @@ class _Server:
 
 
 async def engine(
-    settings: Settings, *, persona: str = "default", seconds: float = 10.0, tell: Tell = _quiet
+    settings: Settings,
+    *,
+    persona: str = "default",
+    portrait: Path | None = None,
+    size: tuple[int, int] | None = None,
+    seconds: float = 10.0,
+    tell: Tell = _quiet,
 ) -> Mapping[str, Any]:
     """Milliseconds a picture, idle and talking, and how many sessions one core would carry.
 
-    On a CPU it is the drawing thread's processor time, which a busy machine doesn't change.
+    A `portrait`, picture or clip, stands in for a persona's; `size` for its width and height. On a
+    CPU it is the drawing thread's processor time, which a busy machine doesn't change.
     """
-    found: dict[str, Any] = machine() | {"persona": persona}
+    found: dict[str, Any] = machine() | {"persona": portrait.name if portrait else persona}
     async with Studio(settings) as studio:
-        who = load_persona(persona, settings)
+        if portrait is not None:
+            who = Persona(name="portrait", portrait=portrait.resolve())
+        else:
+            who = load_persona(persona, settings)
+        if size is not None:
+            shape = {"width": size[0], "height": size[1]}
+            try:
+                who = Persona.model_validate(who.model_dump() | shape)
+            except ValueError as error:
+                raise ConfigError(f"a picture can't be {size[0]}x{size[1]}: {error}") from None
+        tell("preparing")
         avatar = await studio.prepare(who)
         renderer = await studio.renderer(who.engine)
 

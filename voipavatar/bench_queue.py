@@ -48,17 +48,27 @@ def _quiet(what: str) -> None:
 
 
 class _Mouth:
-    """A sink that notes when each turn's first frame with sound goes out."""
+    """A sink that notes when each turn's first frame with sound goes out, and the longest gap."""
 
     latency = 0.0
 
     def __init__(self, spec: Spec) -> None:
         self.first: dict[int, float] = {}
         self.new = asyncio.Event()
+        self.turns = 0
+        """Turns that were heard."""
+        self.gap = 0.0
+        """The longest time without a picture, in seconds."""
+        self._last: float | None = None
 
     def put(self, frame: Frame) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self.gap = max(self.gap, now - self._last)
+        self._last = now
         if frame.turn is not None and frame.turn not in self.first and frame.audio.any():
-            self.first[frame.turn] = time.perf_counter()
+            self.first[frame.turn] = now
+            self.turns += 1
             while len(self.first) > 100:
                 del self.first[next(iter(self.first))]
             self.new.set()
@@ -101,6 +111,8 @@ class _Bench:
     def __init__(self, url: str, options: QueueOptions) -> None:
         self.options = options
         self.ends: dict[str, str] = {}
+        self.begun: list[str] = []
+        """Ids in the order in which they were begun."""
         self.new = asyncio.Event()
         self._url = url
         self._undo = contextlib.AsyncExitStack()
@@ -133,8 +145,13 @@ class _Bench:
         await self._undo.aclose()
 
     async def _heard(self, message: Any) -> None:
-        if message.type in OUTCOMES:
-            self.ends[json.loads(message.body)["message_id"]] = message.type
+        if message.type not in OUTCOMES and message.type != "started":
+            return
+        id = json.loads(message.body)["message_id"]
+        if message.type == "started":
+            self.begun.append(id)
+        elif message.type != "duplicate":
+            self.ends[id] = message.type if id not in self.ends else "twice"
             self.new.set()
 
     async def send(self, body: dict[str, Any]) -> None:
@@ -214,24 +231,33 @@ async def _endure(
     settings: Settings, url: str, folder: Path, real: float, faked: float, tell: Tell
 ) -> dict[str, Any]:
     import psutil
+    from aio_pika.exceptions import DeliveryError
 
     name = "soak" if real else "faked"
     clapper = Persona(name="clapper", engine="clapper", width=128, height=128)
-    options = _named(url, limit=200)
+    options = _named(url, limit=100)
     process = psutil.Process()
     sizes: list[float] = []
-    sent, refused, deepest = 0, 0, 0
-    sound = _sound(0.6 if real else 0.9)
+    taken: list[str] = []
+    refused, unsure, deepest = 0, 0, 0
+    # In real time half as much again as can be spoken: the queue fills up, and says so.
+    sound = _sound(0.75 if real else 0.9)
+    mouths: list[_Mouth] = []
+
+    def sink(spec: Spec) -> _Mouth:
+        mouths.append(_Mouth(spec))
+        return mouths[0]
+
     async with contextlib.AsyncExitStack() as undo:
         bench = await undo.enter_async_context(_Bench(url, options))
         studio = await undo.enter_async_context(Studio(settings))
         ledger = SqliteLedger(folder / f"{name}.sqlite")
         undo.push_async_callback(ledger.aclose)
-        place = Place(studio, clapper, options.queue)
+        place = Place(studio, clapper, options.queue, sinks=[sink])
         if faked:
             place.adopt(
                 await studio.open(
-                    clapper, id=options.queue, clock=ManualClock(),
+                    clapper, id=options.queue, sinks=[sink], clock=ManualClock(),
                     options=Options(patient=True, hold=1 << 30),
                 )
             )  # fmt: skip
@@ -242,38 +268,47 @@ async def _endure(
         await asyncio.wait_for(feed.wire.up.wait(), 30)
         begin = time.monotonic()
         total = round(faked) if faked else round(real * 2)
-        while sent + refused < total:
+        while len(taken) + refused < total:
+            id = f"{name}{len(taken) + refused}"
             try:
-                await bench.send(
-                    {"type": "audio", "data": sound, "message_id": f"{name}{sent + refused}"}
-                )
-                sent += 1
-            except Exception:  # the queue is full: the producer is told, and waits
+                await bench.send({"type": "audio", "data": sound, "message_id": id})
+                taken.append(id)
+            except asyncio.TimeoutError:
+                # Nobody knows whether the broker has it: the same id again is the way to be sure.
+                unsure += 1
+                continue
+            except DeliveryError:  # the queue is full: the producer is told, and waits
                 refused += 1
                 if faked:
                     total += 1
                     await asyncio.sleep(0.2)
-            deepest = max(deepest, sent - len(bench.ends))
-            if (sent + refused) % 100 == 0:
-                tell(f"{name}: {sent} sent, {refused} refused")
+            deepest = max(deepest, len(taken) - len(bench.ends))
+            if (len(taken) + refused) % 100 == 0:
+                tell(f"{name}: {len(taken)} sent, {refused} refused")
                 sizes.append(process.memory_info().rss / 1e6)
             if real:
-                ahead = begin + (sent + refused) / 2 - time.monotonic()
+                ahead = begin + (len(taken) + refused) / 2 - time.monotonic()
                 await asyncio.sleep(max(0.0, ahead))
         deadline = time.monotonic() + 600
-        while len(bench.ends) < sent and time.monotonic() < deadline:
+        while len(bench.ends) < len(taken) and time.monotonic() < deadline:
             bench.new.clear()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(bench.new.wait(), 1.0)
         sizes.append(process.memory_info().rss / 1e6)
         outcomes = list(bench.ends.values())
-        return {
-            f"{name}_sent": sent,
-            f"{name}_refused": refused,
-            f"{name}_finished": outcomes.count("finished"),
-            f"{name}_lost": sent - len(outcomes),
-            f"{name}_deepest_backlog": deepest,
-            f"{name}_seconds": round(time.monotonic() - begin, 1),
-            f"{name}_megabytes_at_a_third": round(sizes[len(sizes) // 3], 1),
-            f"{name}_megabytes_at_the_end": round(sizes[-1], 1),
+        found = {
+            "sent": len(taken),
+            "refused": refused,
+            "sent_again": unsure,
+            "finished": outcomes.count("finished"),
+            "lost": len(taken) - len(outcomes),
+            "said_twice": mouths[0].turns - len(set(bench.begun)) + outcomes.count("twice"),
+            "in_order": bench.begun == taken,
+            "deepest_backlog": deepest,
+            "seconds": round(time.monotonic() - begin, 1),
+            "megabytes_at_a_third": round(sizes[len(sizes) // 3], 1),
+            "megabytes_at_the_end": round(sizes[-1], 1),
         }
+        if real:
+            found["longest_gap_ms"] = round(mouths[0].gap * 1000)
+        return {f"{name}_{key}": value for key, value in found.items()}

@@ -174,21 +174,38 @@ def serve(
 @cli.command()
 @click.option("--name", help="What agents ask for (VOIPAVATAR_AGENT_NAME; voipavatar).")
 @click.option("--sessions", type=click.IntRange(1, 1000), help="Rooms at once; else measured.")
-@click.option("--persona", "personas", multiple=True, help="Prepared at the start (default).")
+@click.option(
+    "--persona",
+    "personas",
+    multiple=True,
+    help="Name or YAML file; prepared at the start. The first is who comes unless a room asks for "
+    "another one (default).",
+)
+@click.option(
+    "--every-room",
+    is_flag=True,
+    help="Come to every room that is made, unasked: for a persona with an agent section.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Of /health and /metrics.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True)
 @click.option("--drain", type=click.FloatRange(0, 86400), default=3600.0, show_default=True)
+@click.option("--amqp", metavar="URL", help="RabbitMQ, for queues (VOIPAVATAR_AMQP_URL).")
 @click.pass_obj
 def worker(
     settings: Settings,
+    amqp: str | None,
     name: str | None,
     sessions: int | None,
     personas: tuple[str, ...],
+    every_room: bool,
     host: str,
     port: int,
     drain: float,
 ) -> int:
-    """Take rooms as LiveKit dispatches them, for agents that ask for an avatar.
+    """Take rooms as LiveKit dispatches them: the face of an agent that asks for one, or, with a
+    persona that has an agent section, the whole conversation.
+
+    With a broker, an avatar also speaks from the queue that its persona or its dispatch names.
 
     Needs LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET. Several workers under one name share
     the load. SIGTERM or Ctrl-C: no new rooms, the open ones end by themselves within --drain
@@ -196,6 +213,7 @@ def worker(
     """
     from .worker import Worker
 
+    settings = dataclasses.replace(settings, amqp_url=amqp or settings.amqp_url)
     logging.getLogger("voipavatar").setLevel(
         min(_level(settings.log_level), logging.getLogger("voipavatar").level)
     )
@@ -204,6 +222,7 @@ def worker(
         agent_name=name or os.environ.get("VOIPAVATAR_AGENT_NAME") or "voipavatar",
         capacity=sessions,
         personas=personas or ("default",),
+        every_room=every_room,
         host=host,
         port=port,
         drain=drain,
@@ -287,8 +306,12 @@ async def _queues(
     def room(name: str) -> RoomOptions:
         return RoomOptions(livekit.url, name, livekit.api_key, livekit.api_secret)
 
-    feeds = await stack.enter_async_context(Feeds(studio, settings, room=room))
-    return [feed.options.queue for feed in feeds.feeds]
+    feeds = (await stack.enter_async_context(Feeds(studio, settings, room=room))).feeds
+    there = await asyncio.gather(*(feed.connected(3.0) for feed in feeds))
+    away = " (the broker is not there yet: it is tried again and again)"
+    return [
+        feed.options.queue + ("" if up else away) for feed, up in zip(feeds, there, strict=True)
+    ]
 
 
 async def _page_files(settings: Settings, tell: Callable[[str], None]) -> None:
@@ -549,6 +572,9 @@ async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> di
 
         async with Studio(settings) as studio:
             avatar = await studio.prepare(who, progress)
+            for name in who.idles:
+                tell(f"preparing {who.name}: {name}")
+                await studio.prepare(who.look(name))
         advice: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             manifest = json.loads((avatar.path / "manifest.json").read_text("utf-8"))
@@ -571,7 +597,7 @@ async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> di
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def personas(context: click.Context, as_json: bool) -> None:
-    """List the personas. `personas new` makes one from a picture."""
+    """List the personas. `personas new` makes one from a picture or a clip."""
     if context.invoked_subcommand is not None:
         return
     found = list_personas(context.obj)
@@ -618,7 +644,7 @@ def schema() -> None:
     "picture",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     required=True,
-    help="The portrait; it stays where it is.",
+    help="The portrait, a picture or a clip; it stays where it is.",
 )
 @click.option("--name", help="How it is asked for; the picture's name otherwise.")
 @click.option("--title", default="", help="How people call it.")
@@ -643,7 +669,7 @@ def personas_new(
     force: bool,
     sheet: Path | None,
 ) -> int:
-    """Make a persona from a picture: writes its YAML beside it, and prepares it."""
+    """Make a persona from a picture or a clip: writes its YAML beside it, and prepares it."""
     from .newpersona import persona_name, persona_text, write_persona
 
     called = name or persona_name(picture)
@@ -846,22 +872,35 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
 )
 @click.option("--engine", "name", help="musetalk: its own measurement, with options of its own.")
 @click.option("--persona", default="default", show_default=True)
+@click.option(
+    "--portrait",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A picture or a clip, in place of a persona.",
+)
+@click.option("--size", help="WIDTHxHEIGHT of the picture, as 1920x1080; the persona's own.")
 @click.option("--seconds", type=click.FloatRange(0.05, 3600), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def bench_engine(
-    context: click.Context, name: str | None, persona: str, seconds: float, as_json: bool
+    context: click.Context,
+    name: str | None,
+    persona: str,
+    portrait: Path | None,
+    size: str | None,
+    seconds: float,
+    as_json: bool,
 ) -> int:
-    """Pictures a second that a persona's engine makes here.
+    """Milliseconds a picture of a persona's engine takes here, and sessions a core.
 
     With `--engine musetalk` it is `bench musetalk`, which has more options (--runtime, --recipe).
     """
     if name == "musetalk":
         from .musetalk_cli import bench_musetalk
 
+        # those that it doesn't have are refused there, not forgotten here
         said = {
             key: ["--" + key, str(context.params[key])]
-            for key in ("persona", "seconds")
+            for key in ("persona", "portrait", "size", "seconds")
             if context.get_parameter_source(key) is not ParameterSource.DEFAULT
         }
         args = [*context.args, *itertools.chain(*said.values()), *["--json"] * as_json]
@@ -872,7 +911,19 @@ def bench_engine(
     if context.args:
         raise click.UsageError(f"No such option: {context.args[0]}")
     chosen = name if name not in (None, "viseme") else persona
-    return _bench("engine", context.obj, as_json, persona=chosen, seconds=seconds)
+    return _bench(
+        "engine", context.obj, as_json, persona=chosen, portrait=portrait, size=_size(size),
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, by, height = text.lower().partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter("give WIDTHxHEIGHT, as 1920x1080", param_hint="--size")
+    return int(width), int(height)
 
 
 @bench.command("broadcast")
@@ -899,34 +950,51 @@ def bench_broadcast(settings: Settings, minutes: float) -> int:
     "portraits",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A further picture; once or more.",
+    help="A further picture or clip; once or more.",
 )
 @click.option("--persona", "names", multiple=True, help="Only these of the personas.")
-@click.option("--voice", default="piper", show_default=True, help="One that tells phonemes.")
+@click.option(
+    "--voice",
+    "voices",
+    multiple=True,
+    help="piper, espeak, flite or flite:slt; once or more (all three).",
+)
+@click.option("--short", is_flag=True, help="Two sentences: a quick look, with few closures.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
 def bench_face(
     settings: Settings,
     portraits: tuple[Path, ...],
     names: tuple[str, ...],
-    voice: str,
+    voices: tuple[str, ...],
+    short: bool,
     as_json: bool,
 ) -> int:
-    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness."""
-    from .facebench import face, table
+    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness.
+
+    Ends with status 1 if a row is not within the limits that are printed under the table.
+    """
+    from .facebench import SHORT, TEXT, VOICES, face, passed, report, table
 
     async def measuring() -> list[dict[str, Any]]:
         with _steps() as tell:
-            return await face(settings, portraits=portraits, personas=names, voice=voice, tell=tell)
+            return await face(
+                settings,
+                portraits=portraits,
+                personas=names,
+                voices=voices or VOICES,
+                text=SHORT if short else TEXT,
+                tell=tell,
+            )
 
     rows = _run(measuring())
     if rows is None:
         return INTERRUPTED
     if as_json:
-        _print_json(rows)
+        _print_json(report(rows))
     else:
         print(table(rows))
-    return 0
+    return 0 if passed(rows) else 1
 
 
 @bench.command("queue")

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Protocol
 from urllib.parse import quote
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ConfigError, InputError
 from .media import check_fps
@@ -165,7 +174,31 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class VoiceChoice(_Strict):
+SECRET = re.compile(r"key|secret|token|password|credential", re.IGNORECASE)
+"""Names of options whose values are never shown."""
+
+
+def masked(value: Any) -> Any:
+    """`value` as it may be shown: what is named like a secret is a row of dots."""
+    if isinstance(value, Mapping):
+        return {
+            name: "..." if SECRET.search(str(name)) and item is not None else masked(item)
+            for name, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [masked(item) for item in value]
+    return value
+
+
+class _Chosen(_Strict):
+    """Something by name or import path, with options; secrets among them don't appear in `repr`."""
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, masked(value) if name == "options" else value
+
+
+class VoiceChoice(_Chosen):
     """A voice by name or import path, with its own options."""
 
     use: str = Field(
@@ -187,10 +220,214 @@ def _voices(value: Any) -> Any:
 Voices = Annotated[tuple[VoiceChoice, ...], BeforeValidator(_voices), Field(min_length=1)]
 
 
+# --- the agent of a persona -----------------------------------------------------------------------
+
+
+class Part(_Chosen):
+    """A model, a voice, a tool, ... of the agent: by name or import path, with its options."""
+
+    use: str = Field(
+        min_length=1,
+        description="a LiveKit plugin (openai), one of its classes (openai.LLM), the import path "
+        "of a class or of a function that makes one (my.module.make), or a model of LiveKit "
+        "Inference (openai/gpt-4.1-mini)",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="its keyword arguments; ${NAME} is taken from the environment",
+    )
+
+
+def _part(value: Any) -> Any:
+    """`openai` is `{use: openai}`; `vad: false` and `vad: none` are no VAD."""
+    if value is False:
+        return {"use": "none"}
+    return {"use": value} if isinstance(value, str) else value
+
+
+def _parts(value: Any) -> Any:
+    """One or several."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [_part(item) for item in items]
+
+
+One = Annotated[Part, BeforeValidator(_part)]
+Several = Annotated[tuple[Part, ...], BeforeValidator(_parts), Field(min_length=1)]
+
+
+class Greeting(_Strict):
+    """What the agent says first."""
+
+    say: str = Field(default="", max_length=1000, description="word for word")
+    instructions: str = Field(
+        default="", max_length=4000, description="what the model is told to greet with, instead"
+    )
+    interruptible: bool = True
+
+    @model_validator(mode="after")
+    def _either(self) -> Greeting:
+        if bool(self.say) == bool(self.instructions):
+            raise ValueError("give one of say and instructions")
+        return self
+
+
+def _greeting(value: Any) -> Any:
+    return {"say": value} if isinstance(value, str) else value
+
+
+class Endpointing(_Strict):
+    """When a pause of the user is the end of the turn."""
+
+    mode: Literal["fixed", "dynamic"] | None = None
+    min_delay: float | None = Field(default=None, ge=0, le=30, description="seconds, at least")
+    max_delay: float | None = Field(default=None, ge=0, le=60, description="seconds, at most")
+    alpha: float | None = Field(default=None, gt=0, le=1)
+
+
+class Interruption(_Strict):
+    """What the user may cut short."""
+
+    enabled: bool | None = None
+    mode: Literal["adaptive", "vad"] | None = None
+    min_duration: float | None = Field(default=None, ge=0, le=30, description="seconds of speech")
+    min_words: int | None = Field(default=None, ge=0, le=100)
+    discard_audio_if_uninterruptible: bool | None = None
+
+
+class Preemptive(_Strict):
+    """Answering before the turn is surely over."""
+
+    enabled: bool | None = None
+    preemptive_tts: bool | None = None
+    max_speech_duration: float | None = Field(default=None, gt=0)
+    max_retries: int | None = Field(default=None, ge=0)
+
+
+class TurnLimit(_Strict):
+    """When a user who goes on and on is answered all the same."""
+
+    max_words: int | None = Field(default=None, ge=1)
+    max_duration: float | None = Field(default=None, gt=0)
+
+
+class TurnHandling(_Strict):
+    endpointing: Endpointing = Endpointing()
+    interruption: Interruption = Interruption()
+    preemptive_generation: Preemptive = Preemptive()
+    user_turn_limit: TurnLimit = TurnLimit()
+
+
+class SessionOptions(_Strict):
+    """Options of LiveKit's `AgentSession`, by their names there; theirs is the default."""
+
+    turn_handling: TurnHandling = TurnHandling()
+    max_tool_steps: int | None = Field(default=None, ge=0, le=100)
+    min_consecutive_speech_delay: float | None = Field(default=None, ge=0, le=60)
+    use_tts_aligned_transcript: bool = Field(
+        default=True, description="captions by the voice's own times, where it tells them"
+    )
+    tts_text_transforms: tuple[str, ...] | None = None
+    user_away_timeout: float | None = Field(default=15.0, gt=0)
+    transcription_timeout: float | None = Field(default=None, gt=0)
+    aec_warmup_duration: float | None = Field(
+        default=3.0,
+        ge=0,
+        description="seconds from its first word in which the agent can't be interrupted by sound",
+    )
+    ivr_detection: bool | None = None
+
+
+class AgentSection(_Strict):
+    """The conversation of a persona: `voipavatar worker` holds it without a line of Python.
+
+    The agent hears by `stt`, thinks by `llm` and speaks by `tts`, or by the persona's `voice`
+    without it; or `realtime` does all of that.
+    """
+
+    instructions: str = Field(min_length=1, description="who it is and what it does")
+    greeting: Annotated[Greeting | None, BeforeValidator(_greeting)] = Field(
+        default=None, description="said when somebody comes; the persona's greeting otherwise"
+    )
+    llm: Several | None = Field(default=None, description="one, or several: the next one stands in")
+    realtime: One | None = Field(default=None, description="a speech-to-speech model")
+    stt: Several | None = Field(
+        default=None, description="without it, the agent only reads what is typed (lk.chat)"
+    )
+    tts: Several | None = Field(default=None, description="the persona's voice otherwise")
+    vad: One | None = Field(default=None, description="the built-in Silero; none: without one")
+    turn_detection: One | None = Field(
+        default=None,
+        description="vad, stt, realtime_llm, manual, or the import path of a turn detector",
+    )
+    tools: Annotated[tuple[Part, ...], BeforeValidator(_parts)] = Field(
+        default=(),
+        description="import paths of function tools, of lists of them, or of what makes them",
+    )
+    session: SessionOptions = SessionOptions()
+    vision: bool = Field(default=False, description="whether the model sees the user's camera")
+    stay: float = Field(
+        default=20.0,
+        ge=0,
+        le=86_400,
+        description="seconds that it waits in a room where nobody is (any more)",
+    )
+    close_room: bool = Field(
+        default=True, description="end the room with the conversation when nobody else is there"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> AgentSection:
+        if (self.llm is None) == (self.realtime is None):
+            raise ValueError("give one of llm and realtime")
+        return self
+
+
+# --- the persona ----------------------------------------------------------------------------------
+
+
+class Sized(Protocol):
+    """What has the size and rate of a picture."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def fps(self) -> int: ...
+
+
+class Look(_Strict):
+    """How a persona looks while it is told to: what differs from the persona's own."""
+
+    portrait: Path | None = Field(default=None, description="as the persona's")
+    landmarks: dict[str, Any] | Path | None = Field(
+        default=None, description="as the persona's; belongs to the portrait of this entry"
+    )
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict, description="these win over the persona's own, key by key"
+    )
+
+
+def _looks(value: Any) -> Any:
+    """`{reading: reading.mp4}` is short for `{reading: {portrait: reading.mp4}}`."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: {"portrait": look} if isinstance(look, (str, Path)) else look
+        for name, look in value.items()
+    }
+
+
+NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+LookName = Annotated[str, Field(pattern=NAME)]
+OWN = "default"
+"""The name of a persona's own look."""
+
+
 class Persona(_Strict):
     """Who the avatar is."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="how it is asked for")
+    name: str = Field(pattern=NAME, description="how it is asked for")
     title: str = Field(default="", max_length=80, description="how people call it")
     description: str = Field(default="", max_length=500)
     engine: str = Field(default="viseme", description="viseme, musetalk, clapper, ...")
@@ -217,10 +454,19 @@ class Persona(_Strict):
         max_length=200,
         description="a RabbitMQ queue that `voipavatar serve` lets this persona speak from",
     )
+    idles: Annotated[dict[LookName, Look], BeforeValidator(_looks)] = Field(
+        default_factory=dict,
+        description="other looks by name, that it takes on air when it is told to: a picture or "
+        "clip, or engine options; default is its own",
+    )
     outputs: tuple[dict[str, Any], ...] = Field(
         default=(),
         description="where it broadcasts to from the start: what POST /sessions/{id}/outputs "
         "takes; ${NAME} is taken from the environment, so that no key stands here",
+    )
+    agent: AgentSection | None = Field(
+        default=None,
+        description="the conversation that `voipavatar worker` holds as this persona",
     )
     path: Path | None = Field(default=None, exclude=True, description="set by the loader")
 
@@ -231,6 +477,33 @@ class Persona(_Strict):
             return check_fps(value)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("idles")
+    @classmethod
+    def _own_is_taken(cls, value: dict[str, Look]) -> dict[str, Look]:
+        if OWN in value:
+            raise ValueError(f"{OWN} is the name of the persona's own look: call it otherwise")
+        return value
+
+    def look(self, name: str) -> Persona:
+        """The persona as it looks under that name. InputError when there is none so called."""
+        if name == OWN:
+            return self
+        found = self.idles.get(name)
+        if found is None:
+            raise InputError(
+                f"persona {self.name!r} has no idle {name[:64]!r}; it has: "
+                f"{', '.join((OWN, *self.idles))}"
+            )
+        changed: dict[str, Any] = {"engine_options": self.engine_options | found.engine_options}
+        if found.portrait is not None:
+            # Where a face is in one picture says nothing of another.
+            changed |= {"portrait": found.portrait, "landmarks": found.landmarks}
+        return self.model_copy(update=changed)
+
+    def sized(self, like: Sized) -> Persona:
+        """The persona at another's size and rate: what a session keeps for life."""
+        return self.model_copy(update={"width": like.width, "height": like.height, "fps": like.fps})
 
     def beside(self, path: Path) -> Path:
         """`path` as seen from the persona's file."""
@@ -262,7 +535,11 @@ class Persona(_Strict):
         options: dict[str, Any] = {"width": self.width, "height": self.height, "fps": self.fps}
         if self.landmarks is not None:
             options["landmarks"] = self._landmarks()
-        return options | self.engine_options
+        options |= self.engine_options
+        behind = options.get("background")
+        if isinstance(behind, str) and self.beside(Path(behind)).is_file():
+            options["background"] = str(self.beside(Path(behind)))
+        return options
 
     def _landmarks(self) -> dict[str, Any]:
         if not isinstance(self.landmarks, Path):
@@ -281,14 +558,49 @@ def persona_schema() -> dict[str, Any]:
     schema["properties"].pop("path", None)
     choice = {"$ref": "#/$defs/VoiceChoice"}
     one = {"anyOf": [{"type": "string"}, choice]}
+    schema["$defs"]["Look"] = {
+        "anyOf": [{"type": "string", "description": "a portrait"}, schema["$defs"]["Look"]]
+    }
     voice = schema["properties"]["voice"]
     schema["properties"]["voice"] = {
         "description": voice.get("description", ""),
         "anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}],
     }
+    _short_forms(schema["$defs"]["AgentSection"]["properties"])
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "voipavatar persona"
     return schema
+
+
+def _short_forms(agent: dict[str, Any]) -> None:
+    """What the loader accepts in the agent's section beyond the long forms."""
+    text: dict[str, Any] = {"type": "string"}
+    part = {"anyOf": [text, {"$ref": "#/$defs/Part"}]}
+    several = {"anyOf": [*part["anyOf"], {"type": "array", "items": part, "minItems": 1}]}
+    forms: dict[str, dict[str, Any]] = {
+        "greeting": {"anyOf": [text, {"$ref": "#/$defs/Greeting"}]},
+        "realtime": part,
+        "vad": {"anyOf": [*part["anyOf"], {"const": False}]},
+        "turn_detection": part,
+        "llm": several,
+        "stt": several,
+        "tts": several,
+        "tools": {"anyOf": [*part["anyOf"], {"type": "array", "items": part}]},
+    }
+    for name, form in forms.items():
+        agent[name] = {"description": agent[name].get("description", ""), **form}
+
+
+def place(persona: Persona, *key: str | int) -> str:
+    """`FILE:LINE: KEY` of something in a persona's YAML, for an error that is found later."""
+    name = ".".join(str(part) for part in key)
+    if persona.path is None:
+        return f"persona {persona.name!r}: {name}"
+    try:
+        _, lines = _parse(persona.path)
+    except ConfigError:  # gone or broken since it was loaded
+        return f"{persona.path}: {name}"
+    return f"{persona.path}:{_line(lines, key)}: {name}"
 
 
 def load_persona(which: str | Path, settings: Settings | None = None) -> Persona:
@@ -336,13 +648,17 @@ def _load(file: Path) -> Persona:
         persona = Persona.model_validate({**data, "path": file.resolve()})
     except ValidationError as error:
         raise ConfigError("\n".join(_told(file, lines, one) for one in error.errors())) from None
-    for key in ("portrait", "landmarks"):
-        path = getattr(persona, key)
-        if isinstance(path, Path) and not persona.beside(path).is_file():
-            raise ConfigError(
-                f"{file}:{lines.get((key,), 1)}: {key}: {path} is not there; the path is taken "
-                "from the persona's file"
-            )
+    places: list[tuple[tuple[str, ...], Any]] = [((), persona)]
+    places += [(("idles", name), look) for name, look in persona.idles.items()]
+    for where, holder in places:
+        for last in ("portrait", "landmarks"):
+            path, key = getattr(holder, last), (*where, last)
+            if isinstance(path, Path) and not persona.beside(path).is_file():
+                line = lines.get(key) or lines.get(where, 1)
+                raise ConfigError(
+                    f"{file}:{line}: {'.'.join(key)}: {path} is not there; the path is taken "
+                    "from the persona's file"
+                )
     return persona
 
 
@@ -350,13 +666,33 @@ def _told(file: Path, lines: Mapping[tuple[str | int, ...], int], error: Any) ->
     key = tuple(
         part for part in error["loc"] if part not in ("str", "Path", "path", "dict[str,any]")
     )
-    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), 1)
     if error["type"] == "extra_forbidden":
-        known = ", ".join(name for name in Persona.model_fields if name != "path")
-        what = f"unknown key; known are {known}" if len(key) == 1 else "unknown key"
+        known = _known(key[:-1])
+        what = f"unknown key; known are {', '.join(known)}" if known else "unknown key"
     else:
         what = str(error["msg"]).removeprefix("Value error, ")
-    return f"{file}:{line}: {'.'.join(str(part) for part in key)}: {what}"
+    return f"{file}:{_line(lines, key)}: {'.'.join(str(part) for part in key)}: {what}"
+
+
+def _line(lines: Mapping[tuple[str | int, ...], int], key: tuple[str | int, ...]) -> int:
+    """The line of a key, or of what it is in where a short form stands."""
+    return next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), 1)
+
+
+def _known(key: tuple[str | int, ...]) -> list[str]:
+    """Names of the keys that may stand at a place."""
+    model: Any = Persona
+    for part in key:
+        # What is no field is the key of a mapping whose values are of this model.
+        if model is not None and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation)
+    return [name for name in model.model_fields if name != "path"] if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, typing.get_args(annotation))), None)
 
 
 def _parse(file: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:

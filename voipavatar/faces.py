@@ -106,10 +106,10 @@ class Fit:
 
 
 class Clip:
-    """A picture or a film, as pictures at 25 a second.
+    """A picture or a film, as pictures at an even rate, 25 a second unless told otherwise.
 
-    Rotation is undone, a variable rate made even (the picture that is shown at each 25th of a
-    second), transparency laid over `background` (RGB), HDR brought down to what a screen shows.
+    Rotation is undone, a variable rate made even (the picture that is shown at each tick of the
+    new one), transparency laid over `background` (RGB), HDR brought down to what a screen shows.
     """
 
     def __init__(
@@ -119,11 +119,13 @@ class Clip:
         how: Literal["cover", "contain", "native"] = "cover",
         background: tuple[int, int, int] = (0, 0, 0),
         seconds: float = 30.0,
+        fps: int = LOOP_FPS,
     ) -> None:
         """`size` is (width, height). Raises AvatarError for a file that is neither."""
         self.path = path
         self.background = background
-        self.limit = max(1, int(seconds * LOOP_FPS))
+        self.fps = fps
+        self.limit = max(1, int(seconds * fps))
         if not path.is_file():
             raise AvatarError(f"there is no portrait or clip at {path}")
         self.still = _still(path, background)
@@ -151,7 +153,7 @@ class Clip:
         done = 0
         for time, picture in self._raw():
             # a picture is shown from its own time on: whatever is due before it is the last one
-            while shown is not None and done < self.limit and done / LOOP_FPS < time - 1e-6:
+            while shown is not None and done < self.limit and done / self.fps < time - 1e-6:
                 yield shown
                 done += 1
             if done >= self.limit:

@@ -1,8 +1,11 @@
 """RabbitMQ's queues and who speaks from them: what `voipavatar serve` and the worker put on air.
 
-A persona that names a `queue:` has a session of its own that speaks from it; the queue of the
-settings is the default persona's. Such a session is on air from the start, idling, and is opened
-anew when it fails: the queue doesn't notice, but for a message that waits a little.
+`voipavatar serve`: a persona that names a `queue:` has a session of its own that speaks from it;
+the queue of the settings is the default persona's. Such a session is on air from the start, idling,
+and is opened anew when it fails: the queue doesn't notice, but for a message that waits a little.
+
+`voipavatar worker`: a room's avatar speaks from the queue that its dispatch or its persona names,
+beside its agent or without one, for as long as it is in the room.
 """
 
 from __future__ import annotations
@@ -11,8 +14,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from .config import Persona, Settings, list_personas, load_persona
 from .errors import ConfigError, VoipAvatarError
@@ -48,6 +50,13 @@ def ledger_for(settings: Settings) -> Ledger:
     if settings.redis_url:
         return RedisLedger(settings.redis_url)
     return SqliteLedger(settings.cache_dir / "messages.sqlite")
+
+
+def queue_of(persona: Persona, settings: Settings) -> str | None:
+    """The queue that a persona speaks from; None without one, or without a broker."""
+    if not settings.amqp_url:
+        return None
+    return persona.queue or (settings.queue if persona.name == "default" else None)
 
 
 def fed_personas(settings: Settings) -> dict[str, Persona]:
@@ -88,6 +97,8 @@ class Place:
         self._sinks = sinks
         self._session: Session | None = None
         self._task: asyncio.Task[None] | None = None
+        self.feed: QueueFeed | None = None
+        """What speaks by it, where `feeding` made it."""
 
     # what the feed asks
 
@@ -157,13 +168,42 @@ class Place:
 async def feeding(
     studio: Studio, persona: Persona, settings: Settings, queue: str
 ) -> AsyncIterator[Place]:
-    """One queue for sessions that somebody else keeps on air: tell it each by `Place.adopt`."""
+    """One queue for sessions that somebody else keeps on air: tell it each by `Place.adopt`.
+
+    ConfigError when no broker is named. `Place.feed.aclose(drain)` ends it earlier, for a goodbye.
+    """
     async with contextlib.AsyncExitStack() as undo:
+        options = options_for(settings, queue)
         ledger = ledger_for(settings)
         undo.push_async_callback(ledger.aclose)
         place = Place(studio, persona, "stream")
-        await undo.enter_async_context(QueueFeed(options_for(settings, queue), ledger, place))
+        feed = place.feed = QueueFeed(options, ledger, place)
+        await undo.enter_async_context(feed)
+        undo.enter_context(_in_health(studio, feed))
         yield place
+
+
+@contextlib.asynccontextmanager
+async def fed(
+    studio: Studio, session: Session, settings: Settings, queue: str, farewell: float
+) -> AsyncIterator[QueueFeed]:
+    """One queue for one session that is on air, with `farewell` seconds for what is being said."""
+    async with feeding(studio, session.persona, settings, queue) as place:
+        place.adopt(session)
+        assert place.feed is not None
+        try:
+            yield place.feed
+        finally:
+            await place.feed.aclose(farewell)
+
+
+@contextlib.contextmanager
+def _in_health(studio: Studio, feed: QueueFeed) -> Iterator[None]:
+    studio.queues.append(feed.status)
+    try:
+        yield
+    finally:
+        studio.queues.remove(feed.status)
 
 
 class Feeds:
@@ -198,13 +238,10 @@ class Feeds:
                 feed = QueueFeed(options_for(settings, queue), ledger, place)
                 await feed.__aenter__()
                 undo.push_async_callback(feed.aclose, self._drain)
+                undo.enter_context(_in_health(self._studio, feed))
                 self.feeds.append(feed)
             self._undo = undo.pop_all()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self._undo.aclose()
-
-    def status(self) -> list[dict[str, Any]]:
-        """Of every feed."""
-        return [feed.status() for feed in self.feeds]

@@ -200,6 +200,7 @@ class Event(BaseModel):
     message_id: str | None = Field(default=None, description="None for what is of a session")
     correlation_id: str | None = None
     session: str = Field(description="which speaks, or would have")
+    queue: str | None = Field(default=None, description="that the message came from")
     session_id: str | None = Field(default=None, description="as the message had it")
     at: float = Field(description="Unix seconds")
     utterance: str | None = None

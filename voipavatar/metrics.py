@@ -17,6 +17,7 @@ __all__ = [
     "HEARD",
     "INTERRUPTIONS",
     "LATE_FRAMES",
+    "MESSAGES",
     "RENDER",
     "REQUESTS",
     "SESSIONS",
@@ -84,6 +85,11 @@ SHUT = Histogram(
     buckets=(0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0),
 )
 
+MESSAGES = Counter(
+    "voipavatar_messages",
+    "Messages of queues, by what became of them: taken and retried, then one of the outcomes.",
+    ["outcome"],
+)
 REQUESTS = Counter(
     "voipavatar_http_requests", "HTTP requests answered, by class of status.", ["status"]
 )

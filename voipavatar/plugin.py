@@ -12,13 +12,15 @@ gone and takes it back when it is there again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import aiohttp
 from livekit import api, rtc
@@ -34,7 +36,8 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
-from .agentstream import ALIVE, PERSONA
+from .agentstream import ALIVE, DISPATCH, GESTURE, PERSONA, POSE, Mute
+from .captions import attach
 from .config import Persona, Settings, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
@@ -55,6 +58,8 @@ BEAT = 1.0
 """Seconds between two looks at a dispatched avatar."""
 MISSED = 2
 """Looks in a row without an answer after which it counts as gone."""
+REFUSED = 1.5
+"""Seconds after a worker's refusal in which another one may take the room."""
 BACKOFF = (0.5, 5.0)
 """First and longest pause before a lost avatar is asked for again, in seconds."""
 TTL = 600.0
@@ -66,7 +71,13 @@ class VoipAvatarException(VoipAvatarError):
 
 
 class AvatarJoinTimeout(VoipAvatarException, asyncio.TimeoutError):
-    """The avatar did not come in time."""
+    """The avatar did not come in time, or every worker refused it; the message gives the reason."""
+
+
+class OpensAvatars(Protocol):
+    """What a local avatar is opened by: a `Studio`, or one that stands for it."""
+
+    async def open(self, persona: str | Persona, *, room: RoomOptions) -> Any: ...
 
 
 class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
@@ -85,7 +96,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         avatar_participant_identity: NotGivenOr[str] = NOT_GIVEN,
         avatar_participant_name: NotGivenOr[str] = NOT_GIVEN,
         join_timeout: NotGivenOr[float] = NOT_GIVEN,
-        studio: NotGivenOr[Studio] = NOT_GIVEN,
+        studio: NotGivenOr[OpensAvatars] = NOT_GIVEN,
+        captions: bool = True,
         conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS,
     ) -> None:
         """Everything has a default.
@@ -101,6 +113,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             join_timeout: Seconds in which it must be seen, 20 unless given. Speech waits for it
                 that long, and is voice-only afterwards.
             studio: A studio to share with other sessions of this loop (`local` only).
+            captions: Whether the agent's transcript keeps to the avatar's voice word by word;
+                False leaves the pacing to LiveKit, which may run ahead of it.
             conn_options: Retries and their pauses when asking for a worker.
         """
         super().__init__()
@@ -118,8 +132,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._identity = avatar_participant_identity or IDENTITY
         self._name = avatar_participant_name or ""
         self._join_timeout = join_timeout if isinstance(join_timeout, (int, float)) else 20.0
-        self._studio = studio if isinstance(studio, Studio) else None
+        self._studio: OpensAvatars | None = studio or None
         self._own_studio: Studio | None = None
+        self._captions = captions
         self._conn_options = conn_options
         self._started = False
         self._closing: asyncio.Task[None] | None = None
@@ -131,10 +146,19 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._dispatch: str | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
+        self._silence: _Silence | None = None
         self._here = asyncio.Event()
+        self._room_name = ""
+        self._request = ""  # what marks the answers to the latest request for a worker
+        self._taken = False
+        self._refusals: list[tuple[float, str]] = []
+        self._failure = ""
         self._trouble = ""
+        self._agent: AgentSession[Any] | None = None
+        self._pose = ""
+        self._telling: asyncio.Task[None] | None = None
         self.lost = 0
-        """Times that the avatar was lost."""
+        """Times that the avatar was lost, or did not come when it was first asked for."""
 
     @property
     def avatar_identity(self) -> str:
@@ -167,9 +191,10 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
     ) -> None:
         """Bring the avatar into `room` and let it speak for `agent_session`.
 
-        Call it before `agent_session.start`. Raises VoipAvatarException, or what livekit-agents
-        raises when a server can't be asked (APIStatusError, APIConnectionError); nothing is left
-        behind then. In `dispatch` it returns once a worker was asked for: `wait_for_join` waits.
+        Call it before `agent_session.start`; after it works too, and takes the agent's own track
+        away. Raises VoipAvatarException, or what livekit-agents raises when a server can't be
+        asked (APIStatusError, APIConnectionError); nothing is left behind then. In `dispatch` it
+        returns once a worker was asked for: `wait_for_join` waits.
         """
         if self._started:
             raise VoipAvatarException("start() was called already: an AvatarSession starts once")
@@ -179,8 +204,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         secret = _given("livekit_api_secret", livekit_api_secret)
         try:
             await super().start(agent_session, room)
-            agent = _agent_identity(room)
+            self._room_name, agent = _place(room)
             self._voice = VoiceOnly(room)
+            agent_session.on("close", self._session_over)
+            room.on("track_published", self._unwatched)
+            for publication in self._published(room):
+                publication.set_subscribed(False)
             mouthpiece = Mouthpiece(self._join_timeout + 2.0)
             mouthpiece.otherwise(self._no_avatar)
             if self._mode == "local":
@@ -191,9 +220,27 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             await self.aclose()
             raise
         self._mouthpiece = mouthpiece
+        self._silence = _Silence(agent_session, room)
+        if self._captions:
+            # The session makes its text output when it starts, right after the sound's.
+            mouthpiece.on_attach = functools.partial(attach, agent_session, mouthpiece)
         agent_session.output.replace_audio_tail(mouthpiece)
+        self._agent = agent_session
+        for event in _TURNS:
+            agent_session.on(event, self._attend)
         if self._mode == "dispatch":
             self._keeper = asyncio.create_task(self._keep(room, agent), name="avatar-keeper")
+
+    def _published(self, room: rtc.Room) -> list[rtc.RemoteTrackPublication]:
+        avatar = room.remote_participants.get(self._identity)
+        return list(avatar.track_publications.values()) if avatar is not None else []
+
+    def _unwatched(
+        self, publication: rtc.RemoteTrackPublication, participant: rtc.RemoteParticipant
+    ) -> None:
+        """An agent need not receive and decode the picture that it sends out."""
+        if participant.identity == self._identity:
+            publication.set_subscribed(False)
 
     def _no_avatar(self) -> VoiceOnly:
         assert self._voice is not None
@@ -207,13 +254,14 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             studio = self._own_studio = Studio(Settings.from_env())
         options = RoomOptions(
             url,
-            room.name,
+            self._room_name,
             key,
             secret,
             identity=self._identity,
             name=self._name or _title(self._persona),
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: agent},
             ttl=TTL,
+            guests=(Mute(),),
         )
         self._avatar = await studio.open(self._persona, room=options)
         mouthpiece.use(Direct(self._avatar.open_turn))
@@ -233,14 +281,17 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._api = api.LiveKitAPI(
             url, key, secret, timeout=aiohttp.ClientTimeout(total=self._conn_options.timeout)
         )
+        room.on("data_received", self._answered)
         if not _seen(room, self._identity):
-            await self._ask(room.name, agent)
+            await self._ask(self._room_name, agent)
 
     async def _ask(self, room: str, agent: str) -> None:
         """Ask the server for a worker, once, however often the request has to be made."""
         assert self._api is not None
         dispatches = self._api.agent_dispatch
-        mark = uuid.uuid4().hex
+        mark = self._request = uuid.uuid4().hex
+        self._taken, self._failure = False, ""
+        self._refusals.clear()
         metadata = json.dumps(
             {
                 "persona": str(self._persona),
@@ -267,6 +318,25 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             return str(made.id)
 
         self._dispatch = await _retried(ask, self._conn_options)
+
+    def _answered(self, packet: rtc.DataPacket) -> None:
+        """What workers say to the request: the server itself tells nothing of it."""
+        if packet.topic != DISPATCH or packet.participant is not None:
+            return  # only a server's own key can send without being a participant
+        try:
+            news = json.loads(packet.data)
+            if news["request"] != self._request:
+                return
+            state, reason = str(news["state"]), str(news["reason"])
+        except (ValueError, KeyError, TypeError):
+            logger.info("a worker's answer could not be read")
+            return
+        if state == "taken":
+            self._taken = True
+        elif state == "refused":
+            self._refusals.append((time.monotonic(), reason))
+        elif state == "failed":
+            self._failure = reason
 
     async def _unask(self, room: str) -> None:
         """Take the request back, so that the server ends its job, and free the identity."""
@@ -298,16 +368,15 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 reason, alive = await self._watch(room)
             else:
                 reason, alive = self._trouble, None
-            if not room.isconnected():
-                self._lose("the agent's own connection is gone", alive)
-                return
             self._lose(reason, alive)
+            if not room.isconnected():
+                return
             while True:
                 await asyncio.sleep(pause)
                 pause = min(longest, pause * 2)
                 try:
-                    await self._unask(room.name)
-                    await self._ask(room.name, agent)
+                    await self._unask(self._room_name)
+                    await self._ask(self._room_name, agent)
                     break
                 except (APIConnectionError, APIStatusError) as error:
                     logger.info("no worker to be had", extra={"error": type(error).__name__})
@@ -317,12 +386,24 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         # A dispatch that found no worker is dropped by the server: once lost, ask again sooner.
         patience = min(self._join_timeout, 6.0) if self.lost else self._join_timeout
         end = time.monotonic() + patience
-        while time.monotonic() < end:
-            if not room.isconnected():
+        connected = room.isconnected()  # in a job it may be connected later, by the session
+        while (now := time.monotonic()) < end:
+            if connected and not room.isconnected():
                 self._trouble = "the agent's own connection is gone"
                 return False
+            connected = room.isconnected()
             if _seen(room, self._identity):
                 return True
+            if self._failure:
+                self._trouble = f"a worker took the room, but could not open it: {self._failure}"
+                return False
+            if self._refusals and not self._taken and now - self._refusals[-1][0] > REFUSED:
+                reasons = "; ".join(dict.fromkeys(reason for _, reason in self._refusals))
+                self._trouble = (
+                    f"no worker under the name {self._agent_name!r} takes the room: {reasons}. "
+                    "Start another `voipavatar worker`, or give one more --sessions"
+                )
+                return False
             await asyncio.sleep(0.02)
         self._trouble = (
             f"no avatar joined within {patience:g} s: is a `voipavatar worker` running "
@@ -392,19 +473,19 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
 
     def _lose(self, reason: str, alive: float | None = None) -> None:
         """Speak for itself from here on, beginning with what was not heard."""
-        was_here = self._here.is_set()
+        news = self._here.is_set() or not self.lost
         self._here.clear()
-        self.lost += 1
+        self.lost += news
         self._trouble = reason
         if self._mouthpiece is not None and self._voice is not None:
             self._mouthpiece.take_over(self._voice, alive)
         wire, self._wire = self._wire, None
         if wire is not None:
-            task = asyncio.ensure_future(wire.aclose())
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
-        log = logger.warning if was_here or self.lost == 1 else logger.info
-        log("the avatar is gone: the agent speaks voice-only", extra={"reason": reason})
+            self._spawn(wire.aclose())
+        if not news:  # asked for again in vain
+            logger.info("there is still no avatar", extra={"reason": reason})
+            return
+        logger.warning("there is no avatar: the agent speaks voice-only", extra={"reason": reason})
         self.emit("avatar_lost", reason)
 
     # -- another face ------------------------------------------------------------------------------
@@ -433,15 +514,80 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 raise VoipAvatarException(f"the persona was not changed: {error.message}") from None
         self._persona = persona  # what a new worker is asked for, should this one be lost
 
+    # -- while it is silent ------------------------------------------------------------------------
+
+    async def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now, also in the middle of speech.
+
+        VoipAvatarException says why there is none.
+        """
+        if not self._here.is_set() or self._room is None:
+            raise VoipAvatarException("there is no avatar to gesture now: wait_for_join() first")
+        try:
+            if self._mode == "local":
+                self._avatar.gesture(name)
+                return
+            await self._room.local_participant.perform_rpc(
+                destination_identity=self._identity,
+                method=GESTURE,
+                payload=name,
+                response_timeout=5.0,
+            )
+        except rtc.RpcError as error:
+            raise VoipAvatarException(f"there was no gesture: {error.message}") from None
+        except VoipAvatarError as error:
+            raise VoipAvatarException(f"there was no gesture: {error}") from None
+
+    def _attend(self, _: object) -> None:
+        """The conversation's turn has changed: listen, think, or be at ease."""
+        agent = self._agent
+        if agent is None:
+            return
+        if agent.user_state == "speaking":
+            pose = "listening"
+        else:
+            pose = {"thinking": "thinking", "listening": "attentive"}.get(agent.agent_state, "")
+        if pose == self._pose:
+            return
+        self._pose = pose
+        if self._mode == "local":
+            if self._here.is_set():
+                self._avatar.pose(pose)
+        elif self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell(), name="avatar-pose")
+
+    async def _tell(self) -> None:
+        """By an attribute of the agent's own, which a worker that comes later sees too."""
+        told = None
+        while self._room is not None and told != self._pose:
+            told = self._pose
+            try:
+                await asyncio.wait_for(
+                    self._room.local_participant.set_attributes({POSE: told}), timeout=5.0
+                )
+            except Exception as error:  # a face at ease is no reason to disturb the speech
+                logger.info("a pose was not told", extra={"error": type(error).__name__})
+                return
+
     # -- waiting and ending ------------------------------------------------------------------------
 
     async def wait_for_join(self, *, timeout: float | None = 30.0) -> None:
-        """Until the avatar is seen in the room. AvatarJoinTimeout, a TimeoutError, otherwise."""
-        begin = time.monotonic()
+        """Until the avatar is seen in the room. AvatarJoinTimeout, a TimeoutError, otherwise.
+
+        That it won't come is told as soon as it is known, where that is before `timeout`. Waiting
+        for one that was lost goes on, since it is asked for again.
+        """
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        lost = self.lost
         try:
-            await asyncio.wait_for(self._here.wait(), timeout)
-            left = None if timeout is None else max(0.1, begin + timeout - time.monotonic())
-            await super().wait_for_join(timeout=left)
+            while not self._here.is_set():
+                left = end - time.monotonic()
+                if left <= 0 or (not lost and self.lost):
+                    raise asyncio.TimeoutError
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._here.wait(), min(0.1, left))
+            left = end - time.monotonic()
+            await super().wait_for_join(timeout=None if timeout is None else max(0.1, left))
         except asyncio.TimeoutError:
             raise AvatarJoinTimeout(
                 self._trouble
@@ -454,10 +600,28 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name="avatar-close")
         await asyncio.shield(self._closing)
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+    def _session_over(self, _: Any) -> None:
+        """The agent that went on without its avatar has said its last word."""
+        if self._closing is not None and self._voice is not None:
+            self._spawn(self._voice.aclose())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="avatar-leave")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def _close(self) -> None:
         room = self._room
         self._here.clear()
+        if self._agent is not None:
+            for event in _TURNS:
+                self._agent.off(event, self._attend)
+            self._agent = None
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -469,8 +633,14 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             await self._wire.aclose()
             self._wire = None
         await asyncio.gather(*self._leaving, return_exceptions=True)
-        if room is not None and room.isconnected() and self._mode == "dispatch":
-            await self._unask(room.name)
+        if self._silence is not None:
+            self._silence.end()
+        if room is not None:
+            room.off("track_published", self._unwatched)
+        if room is not None and self._mode == "dispatch":
+            room.off("data_received", self._answered)
+            if room.isconnected():
+                await self._unask(self._room_name)
         if self._avatar is not None:
             await self._avatar.aclose()
         if self._own_studio is not None:
@@ -487,6 +657,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
 
 # --- small things ---------------------------------------------------------------------------------
 
+_TURNS: tuple[Literal["agent_state_changed", "user_state_changed"], ...] = (
+    "agent_state_changed",
+    "user_state_changed",
+)
+"""Events of an agent's session that tell whose turn it is."""
+
 
 def _given(argument: str, value: NotGivenOr[str]) -> str:
     """An argument, or the environment variable of the same name."""
@@ -497,15 +673,61 @@ def _given(argument: str, value: NotGivenOr[str]) -> str:
     return str(found)
 
 
-def _agent_identity(room: rtc.Room) -> str:
+class _Silence:
+    """Takes the track away that `AgentSession` publishes for its own voice.
+
+    One that is there already when the avatar starts, or is just being published, would stay in the
+    room: silent, but shown and counted by every client as the agent's second voice.
+    """
+
+    def __init__(self, session: AgentSession[Any], room: rtc.Room) -> None:
+        self._room = room
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._name: str | None = None
+        try:
+            own = session.room_io
+        except RuntimeError:
+            return  # not started yet: it won't publish any
+        if own.audio_output is None:
+            return
+        # What is being said now waits for a listener, and must not do so for ever.
+        subscribed = own.subscribed_fut
+        if subscribed is not None and not subscribed.done():
+            subscribed.set_result(None)
+        options = own._options.get_audio_output_options()
+        name = options.track_name if options is not None else NOT_GIVEN
+        self._name = name if isinstance(name, str) else "roomio_audio"
+        room.on("local_track_published", self._published)
+        for publication in list(room.local_participant.track_publications.values()):
+            self._published(publication)
+
+    def _published(self, publication: rtc.LocalTrackPublication, *_: Any) -> None:
+        if publication.name == self._name:
+            task = asyncio.create_task(self._unpublish(publication.sid), name="avatar-silence")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _unpublish(self, sid: str) -> None:
+        try:
+            await asyncio.wait_for(self._room.local_participant.unpublish_track(sid), 5.0)
+        except Exception as error:  # rtc raises bare exceptions
+            logger.info("the agent's own track stays", extra={"error": type(error).__name__})
+
+    def end(self) -> None:
+        if self._name is not None:
+            self._room.off("local_track_published", self._published)
+
+
+def _place(room: rtc.Room) -> tuple[str, str]:
+    """The room's name and who the agent is in it, also before a job's room is connected."""
     job = get_job_context(required=False)
     if job is not None and not job.is_fake_job():
-        return str(job.local_participant_identity)
+        return str(job.job.room.name), str(job.local_participant_identity)
     if not room.isconnected():
         raise VoipAvatarException(
             "the room is not connected: outside of a job, connect it before start()"
         )
-    return str(room.local_participant.identity)
+    return str(room.name), str(room.local_participant.identity)
 
 
 def _title(persona: str | Persona) -> str:

@@ -43,6 +43,7 @@ from .messages import (
     parse,
     sender_of,
 )
+from .metrics import MESSAGES
 
 if TYPE_CHECKING:
     import aio_pika
@@ -105,6 +106,8 @@ class Session(Protocol):
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def choose_voice(self, name: str | None) -> None: ...
+    async def swap_persona(self, persona: Any) -> None: ...
+    async def choose_idle(self, name: str) -> None: ...
     def events(self) -> AsyncIterator[dict[str, Any]]: ...
 
 
@@ -235,7 +238,6 @@ class Wire:
         self._exchanges: dict[str, AbstractExchange] = {}
         self._consumers: list[tuple[AbstractQueue, str]] = []
         self._doubt = asyncio.Event()
-        self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -255,7 +257,7 @@ class Wire:
         pause = low
         while True:
             try:
-                await asyncio.wait_for(self._build(), 4 * self.options.timeout)
+                await _answer(self._build(), 4 * self.options.timeout)
                 pause = low
                 logger.info("the broker is there", extra={"queue": self.options.queue})
                 await self._watch()
@@ -283,11 +285,11 @@ class Wire:
         self._doubt = asyncio.Event()
         joint = "&" if "?" in options.url else "?"
         name = f"voipavatar@{socket.gethostname()}"
-        connection = await aio_pika.connect(
-            f"{options.url}{joint}heartbeat={options.heartbeat}&name={name}",
-            timeout=options.timeout,
-        )
-        self._connection = connection
+        url = f"{options.url}{joint}heartbeat={options.heartbeat}&name={name}"
+        # Not by `aio_pika.connect`: what that leaves of a connection that failed wants to be
+        # closed when it is collected, wherever that may be.
+        connection = self._connection = aio_pika.Connection(aio_pika.connection.make_url(url))
+        await connection.connect(timeout=options.timeout)
         self.generation += 1
         self.connects += 1
         doubt = self._doubt
@@ -338,7 +340,7 @@ class Wire:
         # What comes at once must find us able to answer.
         self.trouble = None
         self.up.set()
-        for one in () if self._stopping else (options.control, options.queue, options.lapsed):
+        for one in (options.control, options.queue, options.lapsed):
             await self._consume(one, self.generation)
 
     async def _channel(
@@ -347,7 +349,7 @@ class Wire:
         # A message that no queue wants comes back as an error, where it is mandatory.
         channel = connection.channel(publisher_confirms=True, on_return_raises=True)
         # Its own time limit doesn't hold for all of it.
-        await asyncio.wait_for(channel.initialize(), self.options.timeout)
+        await _answer(channel.initialize(), self.options.timeout)
         doubt = self._doubt
         if vital:
             channel.close_callbacks.add(lambda *_: doubt.set())
@@ -386,7 +388,7 @@ class Wire:
             )
         except ChannelPreconditionFailed:
             return False
-        await asyncio.wait_for(channel.close(), self.options.timeout)
+        await _answer(channel.close(), self.options.timeout)
         return True
 
     async def _consume(self, name: str, generation: int) -> None:
@@ -415,27 +417,23 @@ class Wire:
             if self._doubt.is_set():
                 raise TransportError("the connection, a channel or a consumer was closed")
             for name in (self.options.queue, self.options.control):
-                queue = await asyncio.wait_for(
-                    probe.declare_queue(name, passive=True), self.options.timeout
-                )
-                if not queue.declaration_result.consumer_count and not self._stopping:
+                queue = await _answer(probe.declare_queue(name, passive=True), self.options.timeout)
+                if not queue.declaration_result.consumer_count:
                     raise TransportError("the broker has no consumer of the queue any more")
 
     async def ready(self, name: str) -> int:
         """Messages that wait in a queue."""
-        if self._connection is None:
+        if self._connection is None or not self.up.is_set():
             raise TransportError("the broker is not there")
         channel = await self._channel(self._connection, vital=False)
         try:
-            queue = await asyncio.wait_for(
-                channel.declare_queue(name, passive=True), self.options.timeout
-            )
+            queue = await _answer(channel.declare_queue(name, passive=True), self.options.timeout)
             return int(queue.declaration_result.message_count or 0)
         except Exception as error:
             raise TransportError(f"the broker doesn't answer: {type(error).__name__}") from error
         finally:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(channel.close(), self.options.timeout)
+                await _answer(channel.close(), self.options.timeout)
 
     async def publish(
         self,
@@ -456,12 +454,10 @@ class Wire:
             body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT, **properties
         )
         try:
-            await asyncio.wait_for(
+            await _answer(
                 where.publish(message, key, mandatory=mandatory, timeout=self.options.timeout),
                 self.options.timeout + 1,
             )
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             raise TransportError(f"the broker didn't take it: {type(error).__name__}") from error
 
@@ -477,9 +473,7 @@ class Wire:
         if delivery.generation != self.generation or not self.up.is_set():
             return
         try:
-            await asyncio.wait_for(how(), self.options.timeout)
-        except asyncio.CancelledError:
-            raise
+            await _answer(how(), self.options.timeout)
         except Exception as error:  # it comes again, and the ledger knows it
             logger.info("an ack was lost", extra={"error": type(error).__name__})
             self._doubt.set()
@@ -488,14 +482,6 @@ class Wire:
         """Build everything anew: the only way to have a message again that was left."""
         self._doubt.set()
 
-    async def stop_consuming(self) -> None:
-        """Take nothing more; what came can still be acknowledged."""
-        self._stopping = True
-        consumers, self._consumers = self._consumers, []
-        for queue, tag in consumers:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(queue.cancel(tag), self.options.timeout)
-
     async def _drop(self) -> None:
         connection, self._connection = self._connection, None
         self._exchanges = {}
@@ -503,7 +489,25 @@ class Wire:
         self._publishing = self._consuming = None
         if connection is not None:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(connection.close(), 2.0)
+                await _answer(connection.close(), 2.0)
+
+
+async def _answer(call: Awaitable[T], seconds: float) -> T:
+    """What the library answers. TransportError when the connection went, or after `seconds`.
+
+    A connection that goes cancels what waits for an answer of it. Awaited as it is, that would
+    pass for somebody cancelling *us*, and end the task that asked for good.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=1.0)
+    if not task.done() or task.cancelled():
+        raise TransportError("the broker did not answer, or the connection went meanwhile")
+    return task.result()
 
 
 _REFUSALS = (
@@ -687,6 +691,7 @@ class QueueFeed:
         self._outgoing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
+        self._broken: str | None = None
         self._closing = False
 
     async def __aenter__(self) -> QueueFeed:
@@ -696,7 +701,17 @@ class QueueFeed:
             self._loops.append(asyncio.create_task(self._taking(inbox), name="rabbitmq-take"))
         self._loops.append(asyncio.create_task(self._telling(), name="rabbitmq-tell"))
         self._loops.append(asyncio.create_task(self._sweeping(), name="rabbitmq-sweep"))
+        for loop in self._loops:
+            loop.add_done_callback(self._stopped)
         return self
+
+    def _stopped(self, loop: asyncio.Task[None]) -> None:
+        """None of them ends by itself: a feed that lost one must not look well."""
+        if self._closing:
+            return
+        error = None if loop.cancelled() else loop.exception()
+        self._broken = f"{loop.get_name()} has stopped: {type(error).__name__}"
+        logger.critical("a part of the queue has stopped", extra={"part": loop.get_name()})
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
@@ -704,20 +719,19 @@ class QueueFeed:
     async def aclose(self, drain: float = 0.0) -> None:
         """Take nothing more; what is spoken may end within `drain` seconds. Idempotent.
 
-        What was not begun goes back to the broker, for another worker.
+        What was not begun goes to another worker, and not before that: a consumer that is
+        cancelled first lets a standby begin while this one still speaks, and what is given back
+        then comes behind what the standby has by now. So the connection is kept until the end,
+        which gives everything back at once and in its order.
         """
         if self._closing:
             return
         self._closing = True
-        await self.wire.stop_consuming()
         for lane in self._lanes.values():
             waiting, lane.waiting = list(lane.waiting), deque()
             for item in waiting:
                 for job in item.jobs:
                     await self._release(job)
-        for inbox in self._inboxes.values():
-            while not inbox.empty():
-                await self.wire.give_back(inbox.get_nowait())
         if drain > 0 and self._tasks:
             await asyncio.wait(self._tasks, timeout=drain)
         for lane in self._lanes.values():
@@ -740,12 +754,18 @@ class QueueFeed:
         with contextlib.suppress(TransportError):
             await self._ledger.beat(self.owner, gone=True)
 
+    async def connected(self, seconds: float) -> bool:
+        """Whether the broker is there, or comes within so many seconds."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.wire.up.wait(), seconds)
+        return self.wire.up.is_set()
+
     def status(self) -> dict[str, Any]:
         """For health and people; no secrets, no speech."""
         return {
             "queue": self.options.queue,
             "broker": "up" if self.wire.up.is_set() else "down",
-            "trouble": self.wire.trouble,
+            "trouble": self._broken or self.wire.trouble,
             "declared_by_us": self.wire.shared,
             "connects": self.wire.connects,
             "in_hand": len(self._jobs),
@@ -753,18 +773,25 @@ class QueueFeed:
             **self.counts,
         }
 
+    def _count(self, what: str) -> None:
+        self.counts[what] += 1
+        MESSAGES.labels(what).inc()
+
     # -- taking ------------------------------------------------------------------------------------
 
     def _came(self, delivery: Delivery) -> None:
-        if self._closing:
-            return
         if delivery.lane == self.options.queue:
             self._arrived += 1
             self._undecided.add(delivery)
             if self._skip > 0:
                 self._skip -= 1
                 delivery.doomed = self._skip_by
-        self._inboxes[delivery.lane].put_nowait(delivery)
+        if not self._left(delivery):
+            self._inboxes[delivery.lane].put_nowait(delivery)
+
+    def _left(self, delivery: Delivery) -> bool:
+        """It stays with the broker, for the next worker: all but orders, once we are closing."""
+        return self._closing and delivery.lane != self.options.control and delivery.doomed is None
 
     async def _taking(self, inbox: asyncio.Queue[Delivery]) -> None:
         while True:
@@ -772,6 +799,8 @@ class QueueFeed:
             if delivery.generation != self.wire.generation:
                 self._undecided.discard(delivery)
                 continue  # it comes again
+            if self._left(delivery):
+                continue
             try:
                 if delivery.lane == self.options.lapsed:
                     await self._lapsed(delivery)
@@ -798,6 +827,9 @@ class QueueFeed:
         except Refused as error:
             await self._refuse(delivery, error)
             return
+        if self._closing and delivery.doomed is None:
+            if not isinstance(parsed.message, ControlMessage):
+                return
         parsed = await self._identified(parsed, delivery)
         job = self._jobs.get(parsed.id)
         if job is not None and self._again(job, delivery):
@@ -814,7 +846,7 @@ class QueueFeed:
             taken = await self._known(known, entry, parsed, delivery)
             if not taken:
                 return
-        self.counts["taken"] += 1
+        self._count("taken")
         job = self._jobs[parsed.id] = _Job(parsed, entry, delivery)
         if attempt == 1 and known is None:
             self._tell(job, "accepted")
@@ -909,17 +941,18 @@ class QueueFeed:
 
     def _duplicate(self, delivery: Delivery, id: str, outcome: str | None) -> None:
         sender = sender_of(delivery.body, delivery.envelope)
-        self.counts["duplicate"] += 1
+        self._count("duplicate")
         event = {
             "schema": SCHEMA, "type": "duplicate", "message_id": id, "at": time.time(),
-            "session": self.options.queue, "correlation_id": sender.correlation_id,
+            "session": self.options.queue, "queue": self.options.queue,
+            "correlation_id": sender.correlation_id,
             "outcome": outcome if outcome in OUTCOMES else None, "reply_to": sender.reply_to,
         }  # fmt: skip
         self._post(_Notice(event, None, delivery))
 
     async def _refuse(self, delivery: Delivery, error: Refused) -> None:
         """A message that no time heals: to the dead ones, with the reason. Its sender is told."""
-        self.counts["refused"] += 1
+        self._count("refused")
         sender = sender_of(delivery.body, delivery.envelope)
         assert sender.message_id is not None
         entry = Entry(
@@ -928,14 +961,15 @@ class QueueFeed:
         )  # fmt: skip
         entry.event = {
             "schema": SCHEMA, "type": "failed", "message_id": entry.id, "at": entry.at,
-            "session": self.options.queue, "correlation_id": sender.correlation_id,
+            "session": self.options.queue, "queue": self.options.queue,
+            "correlation_id": sender.correlation_id,
             "code": error.code, "error": str(error), "retryable": False, "spoken_ms": 0,
             "attempt": 1, "reply_to": sender.reply_to,
         }  # fmt: skip
         known = await self._lasting(lambda: self._ledger.take(entry))
         await self._bury(delivery.body, delivery, error.code, str(error))
         if known is None:
-            self.counts["failed"] += 1
+            self._count("failed")
             job = _Job(_NOTHING, entry, delivery, ended=True)
             self._jobs[entry.id] = job
             self._post(_Notice(entry.event, job))
@@ -972,7 +1006,8 @@ class QueueFeed:
         kind = "expired" if reason == "expired" else "failed"
         event: dict[str, Any] = {
             "schema": SCHEMA, "type": kind, "message_id": sender.message_id, "at": time.time(),
-            "session": self.options.queue, "correlation_id": sender.correlation_id,
+            "session": self.options.queue, "queue": self.options.queue,
+            "correlation_id": sender.correlation_id,
             "reply_to": sender.reply_to,
         }  # fmt: skip
         if kind == "failed":
@@ -993,7 +1028,7 @@ class QueueFeed:
             entry = known
         elif known is not None:
             await self._lasting(lambda: self._ledger.put(entry))
-        self.counts[kind] += 1
+        self._count(kind)
         job = self._jobs[entry.id] = _Job(_NOTHING, entry, delivery, ended=True)
         self._post(_Notice(entry.event, job))
 
@@ -1099,7 +1134,10 @@ class QueueFeed:
                     break
             self._skip, self._skip_by = ready, by
             for delivery in self._undecided:
+                left = self._left(delivery)
                 delivery.doomed = by
+                if left:
+                    self._inboxes[delivery.lane].put_nowait(delivery)
         waiting, lane.waiting = list(lane.waiting), deque()
         for item in waiting:
             for job in item.jobs:
@@ -1113,7 +1151,7 @@ class QueueFeed:
     async def _pumping(self, lane: _Lane) -> None:
         """Keep the session supplied: one that is spoken, one that is made ready."""
         while True:
-            while lane.waiting and len(lane.active) < AHEAD:
+            while lane.waiting and len(lane.active) < AHEAD and not self._closing:
                 item = lane.waiting.popleft()
                 lane.changed.set()
                 if all(job.ended for job in item.jobs):
@@ -1339,18 +1377,26 @@ class QueueFeed:
             await session.interrupt()
         elif command == "voice":
             session.choose_voice(message.value)
-        elif command == "persona":
-            swap = getattr(session, "swap_persona", None)
-            if swap is None:
-                raise Refused("unsupported", "this session can't change its persona while on air")
-            await swap(self._directory.load(message.value or ""))
+        elif job.delivery is not None and job.delivery.lane == self.options.control:
+            # A face may have to be prepared first: the next order must not wait for that.
+            self._hold(self._changing(job, session, message), "rabbitmq-change")
+            return
         else:
-            change = getattr(session, "choose_idle", None)
-            if change is None:
-                raise Refused(
-                    "unsupported", f"the engine {session.persona.engine!r} has no idle clips"
-                )
-            await change(message.value)
+            await self._changing(job, session, message)
+            return
+        self._end(job, "finished", spoken_ms=0)
+
+    async def _changing(self, job: _Job, session: Any, message: ControlMessage) -> None:
+        """Another face. One after the other, in the order in which they were asked for."""
+        assert message.value is not None
+        try:
+            if message.command == "persona":
+                await session.swap_persona(self._directory.load(message.value))
+            else:
+                await session.choose_idle(message.value)
+        except Exception as error:
+            await self._fail(job, error)
+            return
         self._end(job, "finished", spoken_ms=0)
 
     # -- outcomes ----------------------------------------------------------------------------------
@@ -1399,7 +1445,7 @@ class QueueFeed:
             reply_to=envelope.reply_to, content_type=envelope.content_type,
             timestamp=envelope.timestamp,
         )  # fmt: skip
-        self.counts["retried"] += 1
+        self._count("retried")
         job.ended = True
         self._jobs.pop(job.id, None)
         await self.wire.ack(delivery)
@@ -1409,7 +1455,7 @@ class QueueFeed:
         if job.ended:
             return
         job.ended = True
-        self.counts[kind] += 1
+        self._count(kind)
         job.entry.outcome = kind
         job.entry.event = job.entry.event | {"type": kind, "at": time.time()} | fields
         if job.utterance is not None:
@@ -1418,7 +1464,7 @@ class QueueFeed:
         self._post(_Notice(job.entry.event, job))
 
     async def _release(self, job: _Job) -> None:
-        """Give a message back that was not begun."""
+        """Leave a message that was not begun to the next worker."""
         if job.ended:
             return
         job.ended = True
@@ -1431,7 +1477,7 @@ class QueueFeed:
         with contextlib.suppress(TransportError):
             await self._ledger.drop(job.id)
         if job.delivery is not None:
-            await self.wire.give_back(job.delivery)
+            self._undecided.add(job.delivery)
 
     async def _forget(self, job: _Job) -> None:
         """Its end was told: the broker may forget it, and so do we."""
@@ -1449,6 +1495,7 @@ class QueueFeed:
             "message_id": parsed.id,
             "correlation_id": message.correlation_id,
             "session": self.options.queue,
+            "queue": self.options.queue,
             "session_id": message.session_id,
             "reply_to": message.reply_to,
         }
@@ -1528,7 +1575,10 @@ class QueueFeed:
         session = lane.session
         async with contextlib.aclosing(session.events()) as events:
             async for event in events:
-                common = {"schema": SCHEMA, "session": session.id, "at": event["at"]}
+                common = {
+                    "schema": SCHEMA, "session": session.id, "queue": self.options.queue,
+                    "at": event["at"],
+                }  # fmt: skip
                 if event["type"] == "state":
                     state = str(event["state"]).upper()
                     notice = common | {"type": "state", "state": state}
@@ -1587,7 +1637,7 @@ class QueueFeed:
                         "error": "the worker that had accepted it is gone: send it again",
                     }
                 )  # fmt: skip
-                self.counts[entry.outcome] += 1
+                self._count(entry.outcome)
             job = self._jobs[entry.id] = _Job(_NOTHING, entry, None, ended=True)
             self._post(_Notice(entry.event, job))
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .config import Persona, Settings, VoiceChoice, load_persona
+from .config import OWN, Persona, Settings, VoiceChoice, load_persona
 from .engines import Avatar, Engine, EngineSession, Progress, Renderer, Spec
 from .errors import ConfigError, InputError, StageError, VoipAvatarError
-from .media import Clock, Cue, Int16, ManualClock, Mode, MonotonicClock, Sink
+from .media import POSES, Clock, Cue, Int16, ManualClock, Mode, MonotonicClock, Sink
 from .stage import Options, Stage, State
 
 if TYPE_CHECKING:
@@ -196,6 +196,8 @@ class Session:
     ) -> None:
         self.id = name
         self.persona = persona
+        self.idle = OWN
+        """The name of the look that it has now, out of the persona's `idles`."""
         self.stage = stage
         self.room = room
         self.opened = time.time()
@@ -273,12 +275,35 @@ class Session:
         self.touched = time.monotonic()
         async with self._swapping:
             self.persona = await self._studio.swap(self, persona)
+            self.idle = OWN
         self._voices = self.persona.voice
         if self._warm is not None and not self._draining:
             self._warm.cancel()
             await asyncio.gather(self._warm, return_exceptions=True)
             self._warm = asyncio.create_task(self._warming(), name=f"warm-{self.id}")
         self.emit("persona", persona=self.persona.name)
+
+    async def choose_idle(self, name: str) -> None:
+        """Take on another of the persona's looks, now; "default" is its own. Or a pose, by name.
+
+        Nothing said is lost, and it goes on speaking in that look. Raises InputError when the
+        persona has none so called, and what `Studio.open` does: it goes on as it was then.
+        """
+        if self._draining:
+            raise StageError("the session is closing: open a new one")
+        self.touched = time.monotonic()
+        if name and name in POSES and name not in self.persona.idles:
+            self.stage.pose(name)
+            self.emit("idle", idle=name)
+            return
+        async with self._swapping:
+            look = self.persona.look(name)
+            if name != self.idle:
+                await self._studio.swap(self, look)
+                self.idle = name
+        if name == OWN:
+            self.stage.pose("")
+        self.emit("idle", idle=name)
 
     def pause(self) -> None:
         """Hold speech, with the mouth shut, until `resume`. Idempotent."""
@@ -289,6 +314,21 @@ class Session:
         """Go on with the word that was held. Idempotent."""
         self.touched = time.monotonic()
         self.stage.resume()
+
+    def pose(self, name: str) -> None:
+        """How the face is held while it doesn't speak: "attentive" while the other may speak,
+        "listening" while they do, "thinking" while an answer is looked for, "" as it likes.
+
+        It stays until another is asked for; speech goes before it, and ends a "thinking".
+        Raises InputError for another name.
+        """
+        self.touched = time.monotonic()
+        self.stage.pose(name)
+
+    def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now. InputError when there is none."""
+        self.touched = time.monotonic()
+        self.stage.gesture(name)
 
     def choose_voice(self, name: str | None) -> None:
         """Speak with this one of the persona's voices from the next text on; None is its first.
@@ -362,6 +402,7 @@ class Session:
         return {
             "id": self.id,
             "persona": self.persona.name,
+            "idle": self.idle,
             "engine": self.persona.engine,
             "state": self.state,
             "paused": self.stage.paused,
@@ -544,6 +585,8 @@ class Studio:
         self.sessions: dict[str, Session] = {}
         self.on_open: list[Callable[[Session], None]] = []
         """Called with every session that went on air; must return at once."""
+        self.queues: list[Callable[[], dict[str, Any]]] = []
+        """What health tells of each queue that sessions speak from; whoever feeds them adds it."""
         self._renderers: dict[str, Renderer] = {}
         self._voices: dict[str, asyncio.Task[tts.TTS[Any]]] = {}
         self._rented: dict[str, Renderer] = {}
@@ -583,6 +626,8 @@ class Studio:
         async with contextlib.AsyncExitStack() as undo:
             renderer = await self.renderer(persona.engine)
             avatar = await self.prepare(persona, progress)
+            for look in persona.idles:  # on air they are wanted at once
+                await self.prepare(persona.look(look), progress)
             engine = await renderer.open(avatar)
             undo.callback(renderer.release)
             session = await self._compose(
@@ -647,9 +692,7 @@ class Studio:
         if isinstance(persona, str):
             persona = load_persona(persona, self.settings)
         spec = session.stage.engine.spec
-        persona = persona.model_copy(
-            update={"width": spec.width, "height": spec.height, "fps": spec.fps}
-        )
+        persona = persona.sized(spec)
         renderer = await self.renderer(persona.engine)
         engine = await renderer.open(await self.prepare(persona))
         try:
@@ -689,12 +732,22 @@ class Studio:
         options = persona.engine_settings()
         key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         if source.is_file():
-            key.update(await asyncio.to_thread(source.read_bytes))
+            from .avatar import known_digest
+
+            key.update((await asyncio.to_thread(known_digest, source)).encode())
         folder = f"{info.name}-v{info.version}"
         target = self.settings.cache_dir / "avatars" / folder / key.hexdigest()[:24]
         lock = self._preparing.setdefault(str(target), asyncio.Lock())
         async with lock:
             return await renderer.prepare(source, target, options, progress or _quiet)
+
+    async def probe(self, persona: Persona) -> None:
+        """Draw one picture that nobody sees; an engine that was failing is well again then.
+
+        Raises what the engine raises.
+        """
+        renderer = await self.renderer(persona.engine)
+        await renderer.probe(await self.prepare(persona))
 
     async def voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
         """The voice of these choices, loaded once. ConfigError when none of them is there."""
@@ -707,9 +760,12 @@ class Studio:
         return await asyncio.shield(task)
 
     async def _make_voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
-        from .speech import make_voice
+        def make() -> tts.TTS[Any]:
+            from .speech import make_voice  # takes a while by itself: not on a loop that is on air
 
-        voice = await asyncio.to_thread(make_voice, choices, self.settings)
+            return make_voice(choices, self.settings)
+
+        voice = await asyncio.to_thread(make)
         voice.prewarm()
         return voice
 
@@ -734,6 +790,7 @@ class Studio:
             "status": "failing" if failing else "ok",
             "sessions": len(self.sessions),
             "engines": engines,
+            "queues": [tell() for tell in self.queues],
         }
 
     async def aclose(self, drain: float = 0.0) -> None:

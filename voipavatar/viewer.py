@@ -124,6 +124,8 @@ class Viewer:
                 frame = event.frame
                 size = frame.width * frame.height
                 luma = np.frombuffer(frame.data, np.uint8, size).reshape(frame.height, frame.width)
+                if frame.width < 64:
+                    continue  # what comes when a track ends is no picture of ours
                 when = event.timestamp_us / 1e6
                 flash, clock = read_clapper(luma)
                 height, width = luma.shape

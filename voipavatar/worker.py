@@ -3,6 +3,7 @@
 One process, one event loop, one engine for all its rooms. livekit-agents keeps the connection to
 the server and a thread for each job; the job's work, the avatar, runs on the loop of `Worker.run`.
 Several workers under one name share the load, and nothing else is needed to scale out.
+A persona with an `agent` section is a whole conversation: see `conversation`.
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import numpy as np
 from aiohttp import web
-from livekit import rtc
+from livekit import api, rtc
 from livekit.agents import AgentServer, JobContext, JobExecutorType, JobRequest
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 
 from . import metrics
-from .agentstream import AgentStream
-from .config import Settings, load_persona
+from .agentstream import DISPATCH, AgentStream
+from .bridge import FarStudio
+from .config import Persona, Settings, list_personas, load_persona
+from .conversation import Conversation, Place
 from .errors import CapacityError, ConfigError, VoipAvatarError
+from .feed import fed, options_for, queue_of
 from .follow import Follow
+from .parts import rehearse
 from .plugin import AGENT_NAME, IDENTITY
+from .rabbitmq import QueueFeed
 from .room import RoomOptions
 from .session import Session, Studio
 
@@ -40,19 +47,28 @@ TTL = 600.0
 """Seconds that an avatar's token is good for; joining again takes a new one."""
 ENCODING = 0.2
 """Cores that encoding one room's picture and sound take, for reckoning the capacity."""
+_NAMES = ("LIVEKIT_AGENT_NAME_OVERRIDE", "LIVEKIT_AGENT_NAME")
 FAREWELL = 2.0
 """Seconds for what is being said when an avatar leaves."""
+FULL = 0.98
+"""The load of a worker that has no room left."""
+PROBE = 5.0
+"""Seconds between two attempts to draw with an engine that is failing."""
 
 
 @dataclass(frozen=True)
 class Order:
     """What a dispatch asks for: its metadata, a JSON object or nothing."""
 
-    persona: str = "default"
+    persona: str = ""
+    """Name of one that the worker knows; the first that it was started with when empty."""
     agent: str = ""
-    """Identity that the avatar speaks for; the first agent in the room when empty."""
+    """Identity that the avatar speaks for. Without it a persona with an `agent` section holds the
+    conversation itself, and any other is the face of the first agent in the room."""
     follow: str = ""
     """Identity of a participant whose audio track the avatar says, instead of an agent's speech."""
+    queue: str = ""
+    """A RabbitMQ queue that the avatar speaks from as well; the persona's own when empty."""
     identity: str = IDENTITY
     name: str = ""
     request: str = field(default="", compare=False)
@@ -91,13 +107,18 @@ class Worker:
         port: int = 0,
         drain: float = 3600.0,
         grace: float = GRACE,
+        every_room: bool = False,
         ready: Callable[[str], None] | None = None,
     ) -> None:
         for name in ("livekit_url", "livekit_api_key", "livekit_api_secret"):
             if not getattr(settings, name):
                 raise ConfigError(f"a worker needs a LiveKit server: set {name.upper()}")
+        named = [name for name in _NAMES if every_room and os.environ.get(name)]
+        if named:  # livekit-agents takes it from there, whatever it is told
+            raise ConfigError(f"every room and a name don't go together: unset {named[0]}")
         self.settings = settings
-        self.agent_name = agent_name
+        self.agent_name = "" if every_room else agent_name
+        """Empty: LiveKit sends every room that is made."""
         self.capacity = capacity or 0
         """Rooms at once; measured when the worker starts unless it was given."""
         self.refused = 0
@@ -112,7 +133,11 @@ class Worker:
         self._server: AgentServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._taken: dict[str, float] = {}  # job id: when it was accepted
+        self._conversations: dict[str, Conversation] = {}  # by job id
+        self._rehearsed: set[str] = set()  # agents of personas, as their YAML was
         self._draining = False
+        self._api: api.LiveKitAPI | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -123,7 +148,14 @@ class Worker:
             studio = await undo.enter_async_context(Studio(self.settings))
             self._studio = studio
             for name in self._personas:
-                await studio.prepare(load_persona(name, self.settings))
+                persona = load_persona(name, self.settings)
+                await studio.prepare(persona)
+                await self._rehearse(persona)
+            if not self.agent_name and self._persona("").agent is None:
+                raise ConfigError(
+                    "every room wants somebody who talks: give a --persona with an agent section"
+                )
+            await self._rehearse_others()
             if not self.capacity:
                 self.capacity = await _measure(studio, self._personas[0])
             server = self._server = AgentServer(
@@ -139,7 +171,18 @@ class Worker:
                 port=0,
             )
             server.rtc_session(agent_name=self.agent_name, on_request=self._request)(self._entry)
+            self._api = await undo.enter_async_context(
+                api.LiveKitAPI(
+                    self.settings.livekit_url,
+                    self.settings.livekit_api_key,
+                    self.settings.livekit_api_secret,
+                    timeout=aiohttp.ClientTimeout(total=5.0),
+                )
+            )
+            undo.push_async_callback(self._told)
             await self._listen(undo)
+            mending = asyncio.create_task(self._mend(studio), name="worker-mend")
+            undo.push_async_callback(_ended, mending)
             serving = asyncio.create_task(server.run(), name="worker-server")
             try:
                 server.on("worker_registered", lambda *_: self._registered())
@@ -163,54 +206,156 @@ class Worker:
             await server.drain(timeout=int(self._drain))
         except asyncio.TimeoutError:
             logger.warning("rooms were still open when the time to drain was over")
+            for conversation in list(self._conversations.values()):
+                conversation.end()
         await server.aclose()
+
+    async def _mend(self, studio: Studio) -> None:
+        """An engine that fails is tried again: with no room open nothing else would draw."""
+        while True:
+            await asyncio.sleep(PROBE)
+            if studio.health()["status"] == "ok":
+                continue
+            try:
+                await studio.probe(self._persona(""))
+                logger.info("the engine draws again")
+            except Exception as error:  # an engine is a plug-in; /health goes on telling
+                logger.info("the engine still fails", extra={"error": type(error).__name__})
+
+    # -- personas ----------------------------------------------------------------------------------
+
+    def _persona(self, name: str) -> Persona:
+        """As its YAML is now: by name, also of a file that the worker was started with."""
+        if not name:
+            return load_persona(self._personas[0], self.settings)
+        for given in self._personas:
+            if given.endswith((".yaml", ".yml")):
+                persona = load_persona(given, self.settings)
+                if persona.name == name:
+                    return persona
+        return load_persona(name, self.settings)
+
+    async def _rehearse(self, persona: Persona) -> None:
+        """Make its agent once, so that a mistake is told now. ConfigError when it can't be."""
+        if persona.agent is None:
+            return
+        key = repr((persona.path, persona.agent, persona.voice))
+        if key not in self._rehearsed:
+            await rehearse(persona, self.settings)
+            self._rehearsed.add(key)
+
+    async def _rehearse_others(self) -> None:
+        """The personas that may be asked for: the first import of a plugin is best made now."""
+        try:
+            others = list_personas(self.settings)
+        except ConfigError as error:
+            logger.warning("a persona can't be used", extra={"error": str(error)})
+            return
+        for persona in others:
+            try:
+                await self._rehearse(persona)
+            except ConfigError as error:
+                logger.warning("a persona's agent can't be used", extra={"error": str(error)})
 
     # -- who gets in -------------------------------------------------------------------------------
 
     def _load(self, server: AgentServer) -> float:
-        return min(1.0, len(self._taken) / max(1, self.capacity))
+        """Never quite 1: the server asks no worker that says so, and drops the room in silence,
+        where one that is asked can tell why not."""
+        return min(FULL, len(self._taken) / max(1, self.capacity))
 
     def refusal(self) -> str | None:
         """Why no further room is taken now."""
         if self._draining:
             return "draining"
         if len(self._taken) >= self.capacity:
-            return "full"
+            return f"full ({len(self._taken)} of {self.capacity} rooms)"
         if self._studio is None or self._studio.health()["status"] != "ok":
             return "the engine is failing"
         return None
 
+    def _tell(self, room: str, order: Order, state: str, reason: str = "") -> None:
+        """Let who asked know what became of it: the LiveKit server doesn't."""
+        if not order.request or self._api is None:
+            return
+        news = {"request": order.request, "state": state, "reason": reason}
+        packet = api.SendDataRequest(
+            room=room,
+            data=json.dumps(news).encode(),
+            topic=DISPATCH,
+            destination_identities=[order.agent] if order.agent else [],
+        )
+        task = asyncio.create_task(self._send(packet), name="worker-tell")
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _send(self, packet: api.SendDataRequest) -> None:
+        assert self._api is not None
+        try:
+            await self._api.room.send_data(packet)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            # Whoever asked has a time limit of its own.
+            logger.info("who asked was not told", extra={"error": type(error).__name__})
+
+    async def _told(self) -> None:
+        if self._telling:
+            await asyncio.wait(self._telling, timeout=5.0)
+
     async def _request(self, request: JobRequest) -> None:
         """Take a room, or pass it on to another worker."""
         reason = self.refusal()
-        order = Order()
+        order, persona, talks = Order(), None, False
         try:
             order = Order.parse(request.job.metadata)
-            load_persona(order.persona, self.settings)
+            persona = self._persona(order.persona)
+            if order.queue:
+                options_for(self.settings, order.queue)
+            talks = _talks(persona, order)
+            if talks and reason is None:
+                await self._rehearse(persona)
+                reason = self.refusal()  # that may have taken a moment
         except ConfigError as error:
             reason = reason or str(error)
-        if reason is not None:
+        if reason is not None or persona is None:
             self.refused += 1
             metrics.SESSIONS_REFUSED.inc()
             logger.info("a room was passed on", extra={"reason": reason})
             await request.reject(terminate=False)
+            self._tell(request.job.room.name, order, "refused", reason or "no such persona")
             return
         self._taken[request.id] = time.monotonic()  # before anything is awaited: the cap is hard
         try:
-            await request.accept(
-                identity=order.identity,
-                name=order.name or order.identity,
-                attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else None,
-            )
+            if talks:  # the job's participant is the agent, and the avatar one of its own
+                title = persona.title or persona.name
+                await request.accept(identity=f"{order.identity}-agent", name=order.name or title)
+            else:
+                await request.accept(
+                    identity=order.identity,
+                    name=order.name or order.identity,
+                    attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else None,
+                )
         except BaseException:
             self._taken.pop(request.id, None)
             raise
+        self._tell(request.job.room.name, order, "taken")
 
     # -- one room ----------------------------------------------------------------------------------
 
     async def _entry(self, job: JobContext) -> None:
-        """The job's own thread: it only waits for what happens on the worker's loop."""
+        """The job's own thread: a conversation runs here; an avatar alone is only waited for, it
+        lives on the worker's loop."""
         assert self._loop is not None
+        try:
+            order = Order.parse(job.job.metadata)
+            persona = self._persona(order.persona)
+        except ConfigError as error:  # edited since it was accepted
+            logger.error("a persona can't be used any more", extra={"error": str(error)})
+            self._taken.pop(job.job.id, None)
+            job.shutdown("the persona can't be used")
+            return
+        if _talks(persona, order):
+            await self._converse(job, order, persona)
+            return
         # The avatar joins by a connection of the worker's own, under the job's identity: the
         # job's room stays unused, and livekit-agents must not take that for a mistake.
         getattr(job, "_on_connect", lambda: None)()
@@ -223,20 +368,45 @@ class Worker:
         finally:
             job.shutdown("the avatar has left")
 
-    async def _serve(self, job: Any) -> None:
+    async def _converse(self, job: JobContext, order: Order, persona: Persona) -> None:
+        """A whole conversation, in the job's own thread, with an avatar on the worker's loop."""
+        assert self._loop is not None and self._studio is not None
+        id = job.job.id
+        place = Place(self.settings, order.identity, order.name)
+        studio = FarStudio(self._studio, self._loop, id)
+        conversation = self._conversations[id] = Conversation(persona, place, studio)
+        metrics.SESSIONS.inc()
+        metrics.SESSIONS_OPENED.inc()
+        reason = "failed"
         try:
-            await self._avatar(job.id, job.room.name, Order.parse(job.metadata))
+            reason = await conversation.run(job)
+        except VoipAvatarError as error:
+            logger.error("a conversation failed", extra={"error": str(error)})
+        finally:
+            metrics.SESSIONS.dec()
+            metrics.SESSIONS_CLOSED.labels(reason).inc()
+            self._conversations.pop(id, None)
+            self._taken.pop(id, None)
+            job.shutdown("the conversation is over")
+
+    async def _serve(self, job: Any) -> None:
+        order = Order.parse(job.metadata)
+        try:
+            if await self._avatar(job.id, job.room.name, order) == "shutdown":
+                await self._ask_another(job)
         except CapacityError as error:
             logger.warning("a room could not be taken after all", extra={"reason": str(error)})
+            self._tell(job.room.name, order, "failed", str(error))
         except VoipAvatarError as error:
             logger.error("an avatar failed", extra={"error": str(error)})
+            self._tell(job.room.name, order, "failed", str(error))
         finally:
             self._taken.pop(job.id, None)
 
-    async def _avatar(self, job: str, room: str, order: Order) -> None:
+    async def _avatar(self, job: str, room: str, order: Order) -> str:
         studio = self._studio
         assert studio is not None
-        persona = load_persona(order.persona, self.settings)
+        persona = self._persona(order.persona)
         session: Session | None = None
 
         async def become(name: str) -> None:
@@ -244,7 +414,16 @@ class Worker:
                 raise ConfigError("the avatar is not on air yet: ask again")
             await session.swap_persona(name)
 
-        stream = AgentStream(agent=order.agent, on_persona=become)
+        def pose(name: str) -> None:
+            if session is not None:
+                session.pose(name)
+
+        def gesture(name: str) -> None:
+            if session is None:
+                raise ConfigError("the avatar is not on air yet: ask again")
+            session.gesture(name)
+
+        stream = AgentStream(agent=order.agent, on_persona=become, on_pose=pose, on_gesture=gesture)
         follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,
@@ -265,7 +444,17 @@ class Worker:
         metrics.SESSIONS_OPENED.inc()
         reason = "failed"
         try:
-            reason = await self._stay(session, order.follow)
+            async with contextlib.AsyncExitStack() as undo:
+                queue = order.queue or queue_of(persona, self.settings)
+                feed = (
+                    await undo.enter_async_context(
+                        fed(studio, session, self.settings, queue, FAREWELL)
+                    )
+                    if queue
+                    else None
+                )
+                reason = await self._stay(session, order, feed)
+            return reason
         finally:
             metrics.SESSIONS.dec()
             metrics.SESSIONS_CLOSED.labels(reason).inc()
@@ -274,12 +463,24 @@ class Worker:
                 await follow.aclose()
             await session.aclose(FAREWELL)
 
-    async def _stay(self, session: Session, follow: str) -> str:
-        """Until the session ends, or nobody is there to speak for; why, as a metric's label."""
+    async def _stay(self, session: Session, order: Order, feed: QueueFeed | None) -> str:
+        """Until the session ends, or nobody is there to speak for; why, as a metric's label.
+
+        A queue is enough to stay for, unless the avatar is somebody's. When the worker drains,
+        the queue goes to a standby once what is being said has ended.
+        """
         assert session.room is not None
         last = time.monotonic()
+        alone = feed is not None and not order.agent and not order.follow
         while not session.closed.is_set():
-            if not session.room.connected or _wanted(session.room.room, follow):
+            wanted = _wanted(session.room.room, order.follow)
+            alone = alone and not wanted
+            if feed is not None and self._draining:
+                await feed.aclose(self._drain)
+                if alone:
+                    return "shutdown"
+                feed = None
+            if alone or wanted or not session.room.connected:
                 last = time.monotonic()
             elif time.monotonic() - last > self._grace:
                 logger.info("no agent came back")
@@ -287,6 +488,22 @@ class Worker:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(session.closed.wait(), 0.25)
         return "asked" if session.failure is None else "failed"
+
+    async def _ask_another(self, job: Any) -> None:
+        """For a room whose avatar nobody else would ask for again: one that speaks from a queue."""
+        url, key, secret = (
+            self.settings.livekit_url,
+            self.settings.livekit_api_key,
+            self.settings.livekit_api_secret,
+        )
+        wish = api.CreateAgentDispatchRequest(
+            agent_name=self.agent_name, room=job.room.name, metadata=job.metadata
+        )
+        try:
+            async with api.LiveKitAPI(url, key, secret) as livekit:
+                await asyncio.wait_for(livekit.agent_dispatch.create_dispatch(wish), 10.0)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            logger.error("no other worker could be asked", extra={"error": type(error).__name__})
 
     # -- what others see ---------------------------------------------------------------------------
 
@@ -297,6 +514,7 @@ class Worker:
             "agent_name": self.agent_name,
             "capacity": self.capacity,
             "taken": len(self._taken),
+            "conversations": len(self._conversations),
             "refused": self.refused,
             "draining": self._draining,
         }
@@ -328,6 +546,11 @@ class Worker:
         self.url = f"http://{host}:{port}"
 
 
+def _talks(persona: Persona, order: Order) -> bool:
+    """Whether the worker holds the conversation itself, and isn't only somebody's face."""
+    return persona.agent is not None and not (order.agent or order.follow or order.queue)
+
+
 def _wanted(room: rtc.Room | None, follow: str) -> bool:
     """Whether somebody is there that the avatar may speak for."""
     if room is None:
@@ -339,6 +562,11 @@ def _wanted(room: rtc.Room | None, follow: str) -> bool:
         and ATTRIBUTE_PUBLISH_ON_BEHALF not in one.attributes
         for one in room.remote_participants.values()
     )
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _measure(studio: Studio, name: str) -> int:

@@ -6,7 +6,7 @@ Stated as protocols so that the routes depend on a dozen verbs, and a test can h
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..config import Persona, VoiceChoice
@@ -65,8 +65,15 @@ class Session(Protocol):
     async def play(self, sound: bytes, *, mode: Mode = "append") -> Any: ...
     def open_turn(self, mode: Mode = "append") -> Any: ...
     async def interrupt(self) -> int: ...
+    def pose(self, name: str) -> None:
+        """How the face is held while it doesn't speak."""
+
+    def gesture(self, name: str) -> None: ...
     async def swap_persona(self, persona: Persona | str) -> None:
         """Become another persona on air."""
+
+    async def choose_idle(self, name: str) -> None:
+        """Take on another of the persona's looks. InputError for one that it hasn't."""
 
     def status(self) -> dict[str, Any]: ...
     def events(self) -> AsyncIterator[dict[str, Any]]: ...
@@ -78,6 +85,9 @@ class Studio(Protocol):
 
     @property
     def sessions(self) -> Mapping[str, Any]: ...
+    @property
+    def queues(self) -> Sequence[Callable[[], dict[str, Any]]]:
+        """Each tells of a queue that sessions speak from: `queue`, `broker` and more."""
 
     async def open(
         self,

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .. import metrics
 from ..config import Persona, Settings, VoiceChoice
@@ -79,6 +80,11 @@ class Desk:
 
     def __len__(self) -> int:
         return len(self._studio.sessions)
+
+    @property
+    def queues(self) -> Sequence[Callable[[], dict[str, Any]]]:
+        """What the studio's queues tell of themselves."""
+        return self._studio.queues
 
     async def open(
         self, persona: Persona, room: RoomOptions, voices: Sequence[VoiceChoice], id: str

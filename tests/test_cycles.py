@@ -1,0 +1,174 @@
+"""Avatars that come and go: nothing of them may stay, however many there were.
+
+`VOIPAVATAR_CYCLES=500` makes it the full length; a line every tenth of it tells how it goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from livekit import api
+from livekit.rtc import _ffi_client as ffi
+
+from voipavatar.livekit_server import LiveKitServer
+from voipavatar.plugin import AvatarSession
+
+from .scripted import Joined, Plain, agent_session, said
+from .test_worker import keys, process, small, unique
+
+CYCLES = int(os.environ.get("VOIPAVATAR_CYCLES", "12"))
+WARM = 5 if CYCLES < 100 else 100
+"""Cycles before the first look. What the native library frees comes back to it in other pieces: its
+share of the memory grows for about a hundred cycles and stays then."""
+GROWTH = 3e6 * CYCLES if CYCLES < 100 else 25e6
+"""Bytes that the resident size may grow by: after those hundred, 25 MB in all."""
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.timeout(120 + 20 * CYCLES),
+]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds."""
+
+    resident: int
+    files: int
+    threads: int
+    tasks: int
+    handles: int
+    """Objects of the rtc library's native side."""
+    subscriptions: int
+    """Queues that get every event of the native side."""
+
+    @classmethod
+    def now(cls) -> Held:
+        gc.collect()
+        process = psutil.Process()
+        return cls(
+            process.memory_info().rss,
+            process.num_fds(),
+            threading.active_count(),
+            len(asyncio.all_tasks()),
+            sum(not one.disposed for one in list(ffi._live_handles)),
+            len(ffi.FfiClient.instance.queue._subscribers),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.resident / 1e6:6.1f} MB, {self.files} files, {self.threads} threads, "
+            f"{self.tasks} tasks, {self.handles} handles, {self.subscriptions} subscriptions"
+        )
+
+
+async def cycles(
+    once: Callable[[], Awaitable[None]],
+    livekit: LiveKitServer,
+    look: Callable[[], str] = lambda: "",
+    note: Callable[[], None] = lambda: None,
+) -> None:
+    """Do it over and over, and see that nothing has grown since the first few times."""
+    for _ in range(WARM):
+        await once()
+    first = await settled(None)
+    note()
+    print(f"\n{WARM:4d}: {first}; {look()}", flush=True)
+    begin = time.monotonic()
+    for count in range(1, CYCLES + 1):
+        await once()
+        if count % max(1, CYCLES // 10) == 0:
+            print(
+                f"{WARM + count:4d}: {Held.now()}, {(time.monotonic() - begin) / count:.2f} s each"
+            )
+    last = await settled(first)
+    print(f"{WARM + CYCLES:4d}: {last}")
+    assert last.handles <= first.handles and last.subscriptions <= first.subscriptions
+    assert last.tasks <= first.tasks
+    assert last.threads <= first.threads + 1
+    # The native library closes its sockets some seconds later.
+    assert last.files <= first.files + 200
+    assert last.resident - first.resident <= GROWTH
+    async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+        # Rooms are the server's, and stay for a while; nobody is in them.
+        for room in (await lk.room.list_rooms(api.ListRoomsRequest())).rooms:
+            inside = await lk.room.list_participants(api.ListParticipantsRequest(room=room.name))
+            assert not inside.participants, "somebody stayed behind"
+
+
+async def settled(wanted: Held | None) -> Held:
+    """After the last goodbyes have been said."""
+    end = time.monotonic() + 5
+    while True:
+        await asyncio.sleep(0.5)
+        held = Held.now()
+        if time.monotonic() > end or (
+            wanted is not None
+            and held.handles <= wanted.handles
+            and held.tasks <= wanted.tasks
+            and held.threads <= wanted.threads
+        ):
+            return held
+        if wanted is None and time.monotonic() > end - 3:
+            return held
+
+
+async def conversation(livekit: LiveKitServer, **options: Any) -> None:
+    """An agent comes, says a word through its avatar, and both go."""
+    async with Joined(livekit, unique("cycle")) as room:
+        session = agent_session()
+        avatar = AvatarSession(**options)
+        try:
+            await avatar.start(session, room, **keys(livekit))
+            await session.start(Plain(), room=room, record=False)
+            await avatar.wait_for_join(timeout=20)
+            handle = await said(session, "one")
+            assert not handle.interrupted and avatar.joined
+            held = Held.now()
+            assert held.handles and held.subscriptions, "looked at the wrong things"
+        finally:
+            await session.aclose()
+            await avatar.aclose()
+
+
+async def test_avatars_of_a_worker_leave_nothing(livekit: LiveKitServer, tmp_path: Path) -> None:
+    """Neither in the worker's process nor in the agent's."""
+    name = unique("cycles")
+    async with process(livekit, name, small(tmp_path), tmp_path) as child:
+        worker = psutil.Process(child.pid)
+
+        async def once() -> None:
+            await conversation(livekit, persona="small", agent_name=name)
+
+        def look() -> str:
+            return (
+                f"worker {worker.memory_info().rss / 1e6:.1f} MB, {worker.num_fds()} files, "
+                f"{worker.num_threads()} threads"
+            )
+
+        sizes: list[int] = []
+        await cycles(once, livekit, look, lambda: sizes.append(worker.memory_info().rss))
+        assert sizes[-1] - sizes[0] <= GROWTH
+
+
+async def test_avatars_in_the_agents_process_leave_nothing(
+    livekit: LiveKitServer, tmp_path: Path
+) -> None:
+    small(tmp_path)
+    persona = str(tmp_path / "small.yaml")
+
+    async def once() -> None:
+        await conversation(livekit, persona=persona, mode="local")
+
+    await cycles(once, livekit)
