@@ -364,9 +364,8 @@ def test_a_whole_frame_is_the_published_steps(kit: Kit) -> None:
     import cv2
 
     from voipavatar.avatar import to_i420
-    from voipavatar.engines.musetalk import MuseTalkSession
-
     from voipavatar.blend_bench import pillow_way
+    from voipavatar.engines.musetalk import MuseTalkSession
 
     needs("PIL")
     engine = kit.engine
