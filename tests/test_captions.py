@@ -264,10 +264,14 @@ async def test_a_voice_that_waits_for_sound_is_waited_for() -> None:
 
 
 def leads(user: User, seen: Viewer, since: float) -> list[float]:
-    """Seconds from reading each word to hearing it; positive: it was read first. Empty when the
-    sound did not come in one piece: this machine was too busy then."""
-    spans = [(a, b) for a, b in seen.loud_spans(gap=0.07) if b - a > 0.05 * 48_000]
-    heard = [when for when in seen.when([begin for begin, _ in spans]) if when > since]
+    """Seconds from reading each word to hearing it; positive: it was read first. Empty when not
+    every word was heard: this machine was too busy then."""
+    spans = [(a, b) for a, b in seen.loud_spans(gap=0.07) if b - a > 0.02 * 48_000]
+    heard: list[float] = []
+    for when in seen.when([begin for begin, _ in spans]):
+        # A beep in which the sound broke off for a moment is one word all the same.
+        if when > since and (not heard or when - heard[-1] > 0.2):
+            heard.append(when)
     read = {
         word: when
         for when, who, text in user.read
@@ -343,7 +347,7 @@ async def test_captions_in_a_room(
         async with working(livekit, tmp_path, "clapper") as worker:
             avatar = AvatarSession(persona="clapper", mode="dispatch", agent_name=worker.agent_name)
             ahead = await measured(livekit, room, avatar, Words(**voice))
-    assert len(ahead) >= len(WORDS) - 1, "words were not read, or not heard in one piece"
+    assert len(ahead) >= len(WORDS) - 1, "words were not read, or not heard"
     print(
         f"{mode}: read before heard, of {len(ahead)} words: median {ahead[len(ahead) // 2]:+.3f}, "
         f"most {ahead[-1]:+.3f}, least {ahead[0]:+.3f} s"
