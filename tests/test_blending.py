@@ -21,6 +21,7 @@ from voipavatar.media import UInt8
 
 from .musetalk_parts import needs
 
+
 def ours(picture: UInt8, new: UInt8, face: Box, mask: UInt8, crop: Box) -> UInt8:
     return our_way(picture, make_patch(picture, face, mask, crop), new)
 

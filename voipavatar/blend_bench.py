@@ -77,9 +77,7 @@ def compare(size: tuple[int, int], face: Box, runs: int) -> dict[str, Any]:
     picture, new, mask, crop = scene(size, face)
     flat, patch = to_i420(picture), make_patch(picture, face, mask, crop)
     assert patch is not None
-    same = np.array_equal(
-        our_way(picture, patch, new), pillow_way(picture, new, face, mask, crop)
-    )
+    same = np.array_equal(our_way(picture, patch, new), pillow_way(picture, new, face, mask, crop))
     best = [float("inf")] * 2
     for _ in range(runs):
         for which in (0, 1):

@@ -217,7 +217,8 @@ def _pixels(data: bytes) -> UInt8:
         picture = None
     if picture is None:
         raise AvatarError(
-            "the portrait can't be read as a picture: use a PNG, JPEG or WebP that opens elsewhere"
+            "the portrait can't be read as a picture or a clip: use a PNG, JPEG or WebP, or a film"
+            " in a common format, that opens elsewhere"
         )
     if picture.shape[2] == 4:
         if picture.dtype == np.uint16:
