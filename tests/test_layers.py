@@ -69,6 +69,7 @@ LAYERS = {
     "sheet": 5,
     "newpersona": 3,
     "mouthpiece": 3,
+    "captions": 4,
     "parts": 3,
     "plugin": 6,
     "bridge": 6,

@@ -289,7 +289,7 @@ class Face:
             mask = np.zeros((self.height, image.shape[1]), np.uint8)
             lids = np.vstack([eye.upper, eye.lower[::-1]])
             cv2.fillPoly(mask, [np.rint(lids).astype(np.int32)], 255)
-            mask = cv2.erode(mask, np.ones((3, 3), np.uint8))
+            mask = np.asarray(cv2.erode(mask, np.ones((3, 3), np.uint8)), np.uint8)
             luma = self.luma(image)
             inside = luma[mask > 0]
             limit = (np.percentile(inside, 5) + np.percentile(inside, 90)) / 2

@@ -49,7 +49,7 @@ DISPATCH = "voipavatar.dispatch"
 JSON: `request` as in the dispatch, `state` (taken, refused or failed) and `reason`."""
 ON_BEHALF = "lk.publish_on_behalf"
 NOISE = ("lk.transcription", "lk.agent.events", "lk.agent.session", "lk.chat")
-"""Text topics that are sent to everybody; an avatar takes note of none of them."""
+"""Topics of streams that are sent to everybody; an avatar takes note of none of them."""
 
 IDLE = 10.0
 """Seconds without a chunk, all of it played, after which a segment's end counts as lost."""
@@ -78,6 +78,10 @@ class Turn(Protocol):
     @property
     def finished(self) -> asyncio.Future[Any]:
         """Resolves to a `Played`."""
+
+    @property
+    def heard(self) -> float:
+        """Seconds of it that have left by now, at most."""
 
     @property
     def backlog(self) -> float:
@@ -191,8 +195,7 @@ class AgentStream:
         room.on("participant_connected", self._came)
         room.on("participant_attributes_changed", self._changed)
         self._gone.clear()
-        for topic in NOISE:
-            room.register_text_stream_handler(topic, _ignore)
+        disregard(room)
 
     def entered(self, room: rtc.Room) -> None:
         self._room = room
@@ -511,6 +514,25 @@ class AgentStream:
         self._posed()
 
 
-def _ignore(reader: rtc.TextStreamReader, identity: str) -> None:
+def disregard(room: rtc.Room) -> None:
     """What is not for an avatar must be let go of all the same."""
-    reader.close()
+
+    def ignore(reader: Any, identity: str) -> None:
+        reader.close()
+
+    for topic in NOISE:
+        room.register_text_stream_handler(topic, ignore)
+        room.register_byte_stream_handler(topic, ignore)
+
+
+class Mute:
+    """A guest that neither hears nor answers: of an avatar whose agent is in the same process."""
+
+    subscribes = False
+
+    def entering(self, room: rtc.Room) -> None:
+        disregard(room)
+
+    def entered(self, room: rtc.Room) -> None: ...
+
+    def left(self) -> None: ...

@@ -683,8 +683,9 @@ def _known(key: tuple[str | int, ...]) -> list[str]:
     """Names of the keys that may stand at a place."""
     model: Any = Persona
     for part in key:
-        if isinstance(part, str):
-            model = _model_in(model.model_fields[part].annotation) if model else None
+        # What is no field is the key of a mapping whose values are of this model.
+        if model is not None and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation)
     return [name for name in model.model_fields if name != "path"] if model else []
 
 

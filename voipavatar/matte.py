@@ -81,7 +81,7 @@ def by_colours(picture: UInt8, face: tuple[float, float, float, float]) -> Float
 def refined(picture: UInt8, rough: Float32, unit: float) -> Float32:
     """The matte's outline by the picture's colours. `unit` is the distance of the eyes' outer
     corners in pixels: what is far from the outline, by this measure, stays as it is."""
-    image = picture.astype(np.float32) / 255
+    image: Float32 = (picture / np.float32(255)).astype(np.float32)
     reach = max(2.0, 0.10 * unit)
     hard = (rough > 0.5).astype(np.uint8)
     inside = cv2.distanceTransform(hard, cv2.DIST_L2, 5)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -35,7 +36,8 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
-from .agentstream import ALIVE, DISPATCH, GESTURE, PERSONA, POSE
+from .agentstream import ALIVE, DISPATCH, GESTURE, PERSONA, POSE, Mute
+from .captions import attach
 from .config import Persona, Settings, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
@@ -95,6 +97,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         avatar_participant_name: NotGivenOr[str] = NOT_GIVEN,
         join_timeout: NotGivenOr[float] = NOT_GIVEN,
         studio: NotGivenOr[OpensAvatars] = NOT_GIVEN,
+        captions: bool = True,
         conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS,
     ) -> None:
         """Everything has a default.
@@ -110,6 +113,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             join_timeout: Seconds in which it must be seen, 20 unless given. Speech waits for it
                 that long, and is voice-only afterwards.
             studio: A studio to share with other sessions of this loop (`local` only).
+            captions: Whether the agent's transcript keeps to the avatar's voice word by word;
+                False leaves the pacing to LiveKit, which may run ahead of it.
             conn_options: Retries and their pauses when asking for a worker.
         """
         super().__init__()
@@ -129,6 +134,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._join_timeout = join_timeout if isinstance(join_timeout, (int, float)) else 20.0
         self._studio: OpensAvatars | None = studio or None
         self._own_studio: Studio | None = None
+        self._captions = captions
         self._conn_options = conn_options
         self._started = False
         self._closing: asyncio.Task[None] | None = None
@@ -215,6 +221,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             raise
         self._mouthpiece = mouthpiece
         self._silence = _Silence(agent_session, room)
+        if self._captions:
+            # The session makes its text output when it starts, right after the sound's.
+            mouthpiece.on_attach = functools.partial(attach, agent_session, mouthpiece)
         agent_session.output.replace_audio_tail(mouthpiece)
         self._agent = agent_session
         for event in _TURNS:
@@ -252,6 +261,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             name=self._name or _title(self._persona),
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: agent},
             ttl=TTL,
+            guests=(Mute(),),
         )
         self._avatar = await studio.open(self._persona, room=options)
         mouthpiece.use(Direct(self._avatar.open_turn))

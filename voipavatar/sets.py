@@ -109,7 +109,7 @@ def make_set(name: str, width: int, height: int) -> UInt8:
     columns = (np.arange(width) + 0.5) / height
     rows = (np.arange(height) + 0.5) / height
     x, y = np.meshgrid(columns, rows)
-    out = paint(x, y, wide).astype(np.float32)
+    out: Canvas = paint(x, y, wide).astype(np.float32)
     if blur:
         out = cv2.GaussianBlur(out, (0, 0), blur * height)
     out += np.random.default_rng(9).normal(0, 0.8, out.shape).astype(np.float32)

@@ -252,7 +252,7 @@ class Puppet:
         kernel = np.ones((reach, reach), np.uint8)
         part = np.ascontiguousarray(rig.alpha[y : y + height, x : x + width])
         most, least = cv2.dilate(part, kernel), cv2.erode(part, kernel)
-        out = []
+        out: list[tuple[bool, int, int, int, int]] = []
         for top in range(0, height, _TILE):
             bottom = min(height, top + _TILE)
             before: bool | None = None
@@ -279,10 +279,10 @@ class Puppet:
                 continue
             cover = _at(self._alpha, full[box])
             size = ((right - left) // 2, (bottom - top) // 2)
-            less = cv2.resize(cover, size, interpolation=cv2.INTER_AREA)
+            less = np.asarray(cv2.resize(cover, size, interpolation=cv2.INTER_AREA), np.uint8)
             for view, behind, share in (
                 (luma[box], self._behind[0][box], cover),
-                (chroma[small], self._behind[1][small], cv2.merge((less, less))),
+                (chroma[small], self._behind[1][small], np.dstack((less, less))),
             ):
                 mine = cv2.multiply(view, share, scale=1 / 255)
                 view[:] = cv2.add(mine, cv2.multiply(behind, ~share, scale=1 / 255))
@@ -540,7 +540,7 @@ def _cut(image: UInt8, box: tuple[int, int, int, int]) -> tuple[UInt8, UInt8]:
 
 def _shares(alpha: UInt8) -> tuple[Float32, Float32]:
     """How much of luma and of chroma is the person, 0 to 1."""
-    share = alpha.astype(np.float32) / 255
+    share: Float32 = (alpha / np.float32(255)).astype(np.float32)
     size = (alpha.shape[1] // 2, alpha.shape[0] // 2)
     return share, _resized(share, *size, cv2.INTER_AREA)
 

@@ -258,10 +258,10 @@ def double(plane: UInt8, boost: float = 0.0) -> UInt8:
     """
     if boost:
         fine = double(plane).astype(np.float32)
-        soft = double(cast(UInt8, cv2.GaussianBlur(plane, (0, 0), 0.8))).astype(np.float32)
+        soft = double(np.asarray(cv2.GaussianBlur(plane, (0, 0), 0.8), np.uint8)).astype(np.float32)
         sharp = np.clip(np.rint(fine + boost * (fine - soft)), 0, 255).astype(np.uint8)
         sharp[::2, ::2] = plane
-        return cast(UInt8, sharp)
+        return sharp
     height, width = plane.shape[:2]
     x = np.arange(width * 2, dtype=np.float32) / 2
     y = np.arange(height * 2, dtype=np.float32) / 2
@@ -1107,9 +1107,10 @@ def _solid(source: Float32, opening: Float64, size: float) -> Float64:
     if count < 2 or not outside.any():
         return np.zeros(luma.shape)
     # What of it runs on among the lashes, as far as it is as dark and joined to it.
-    more = cv2.dilate(outside, np.ones((near, near), np.uint8)) & (skin - luma > 0.5 * skin)
+    more = cv2.dilate(outside, np.ones((near, near), np.uint8)) > 0
+    more &= skin - luma > 0.5 * skin
     more &= (cv2.erode(lashes, np.ones((5, 5), np.uint8)) == 0) | (outside > 0)
-    grown = cv2.dilate((outside | more).astype(np.uint8), np.ones((5, 5), np.uint8))
+    grown = cv2.dilate(((outside > 0) | more).astype(np.uint8), np.ones((5, 5), np.uint8))
     return cast(Float64, cv2.GaussianBlur(grown.astype(np.float64), (0, 0), 1.2))
 
 

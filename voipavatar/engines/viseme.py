@@ -612,7 +612,7 @@ class VisemeEngine:
     ) -> Float32:
         """How much of each pixel is the person, 0 to 1; `own` is what the portrait says of it."""
         if own is not None:
-            return own.astype(np.float32) / 255
+            return np.asarray(own / np.float32(255), np.float32)
         try:
             network = matte_model(self._settings or Settings.from_env(), tell)
         except TransportError as error:
