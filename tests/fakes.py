@@ -18,7 +18,7 @@ import av
 
 from voipavatar.config import Persona, VoiceChoice
 from voipavatar.errors import CapacityError, InputError, StageError
-from voipavatar.media import Cue, Int16, Mode
+from voipavatar.media import POSES, Cue, Int16, Mode
 from voipavatar.room import RoomOptions
 
 
@@ -97,6 +97,7 @@ class FakeSession:
         self.state = "idle"
         self.said: list[tuple[str, Mode, list[VoiceChoice] | None]] = []
         self.played: list[bytes] = []
+        self.posed: list[str] = []
         self.turns: list[FakeUtterance] = []
         self.closed: float | None = None
         self.word = word
@@ -141,6 +142,16 @@ class FakeSession:
         count = len(self._queue) + (self._now is not None)
         self._drop(queued=True)
         return count
+
+    def pose(self, name: str) -> None:
+        if name not in POSES:
+            raise InputError(f"there is no pose {name!r}")
+        self.posed.append(name)
+
+    def gesture(self, name: str) -> None:
+        if name != "nod":
+            raise InputError(f"there is no gesture {name!r}")
+        self.posed.append(name)
 
     async def swap_persona(self, persona: Persona | str) -> None:
         assert isinstance(persona, Persona)

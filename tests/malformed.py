@@ -125,8 +125,14 @@ def bad_sound(rng: random.Random, number: int) -> Bad:
     """A sound whose header lies, or that is none: what can be played after all may be."""
     whole = bytearray(rng.choice((wav(0.2), flac(1_600), flac(1_600))))
     if number % 4 == 0:  # of one kind, with the other's name, or nothing that is a sound
-        nonsense = [b"RIFF", b"\x00" * 900, rng.randbytes(900), b"#EXTM3U\nfile:///etc/passwd\n",
-                    b"ffconcat version 1.0\nfile /etc/passwd\n", b"GIF89a" + rng.randbytes(60)]  # fmt: skip
+        nonsense = [
+            b"RIFF",
+            b"\x00" * 900,
+            rng.randbytes(900),
+            b"#EXTM3U\nfile:///etc/passwd\n",
+            b"ffconcat version 1.0\nfile /etc/passwd\n",
+            b"GIF89a" + rng.randbytes(60),
+        ]
         body = rng.choice(nonsense)
         if rng.random() < 0.5:
             return Bad("bad sound", body, {"content_type": "audio/wav"})

@@ -9,11 +9,12 @@ import gc
 import hashlib
 import json
 import os
+import random
 import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,8 @@ async def test_another_look_and_another_persona_while_it_speaks(
         failed = client.ends("idle-waving")[0]
         assert isinstance(failed, Failed) and not failed.retryable and failed.code == "invalid"
         assert "default, still, guest" in failed.error
+        assert (await control("idle", "thinking"))[0] == "finished", "a pose of any face"
+        assert rig.session.idle == "still"
         outcome, other = await control("persona", "clapper")
         assert outcome == "finished" and rig.session.persona.name == "clapper"
         assert far(own, other) > far(own, still) * 4
@@ -285,7 +288,12 @@ async def test_words_come_with_their_times_and_phonemes_reach_the_engine(
         engine: Any = rig.session.stage.engine
         cues: list[Cue] = []
         pass_on = engine.cue
-        engine.cue = lambda some: (cues.extend(some), pass_on(some))
+
+        def noted(some: Sequence[Cue]) -> None:
+            cues.extend(some)
+            pass_on(some)
+
+        engine.cue = noted
         for voice in ("espeak", "piper"):
             cues.clear()
             body = {"type": "text", "data": text, "message_id": voice, "voice": voice}
@@ -507,7 +515,7 @@ async def test_malformed_messages_end_among_the_dead_and_the_next_is_spoken(
     codes = {one.model_dump()["code"] for one in failed.values()}
     # No "internal" and no "failed": what is wrong was foreseen, and is told.
     assert codes == {"invalid", "not_json", "not_text", "not_base64", "no_sound", "too_long"}
-    dead = {one.message_id: one for one in await client.dead()}
+    dead = {str(one.message_id): one for one in await client.dead()}
     assert set(dead) == set(failed)
     for id, one in dead.items():
         assert one.headers["x-reason"] == failed[id].model_dump()["code"]
@@ -691,13 +699,35 @@ async def cut_for_thirty_seconds(at: Scene) -> None:
 async def dead_but_not_cut(at: Scene) -> None:
     client = at.client
     async with working(at.options, at.folder) as rig:
+        # With events on their way out: they wait for an answer when the connection is given up.
+        await client.send(audio(6.0, "before"))
+        await client.until(lambda: "before" in client.order())
         at.proxy.stall()
         await client.send(audio(0.5, "while"))
         await client.until(lambda: not rig.feed.wire.up.is_set(), 10)
         await at.proxy.drop()
         at.proxy.resume()
-        assert await client.ended("while", timeout=30) == ["finished"]
-        check(client, rig, ["while"])
+        assert await client.ended("before", "while", timeout=30) == ["finished", "finished"]
+        check(client, rig, ["before", "while"])
+
+
+async def dropped_again_and_again(at: Scene) -> None:
+    """Resets in the middle of whatever is under way: a publish, an ack, a question, a rebuild."""
+    client = at.client
+    rng = random.Random(3)
+    ids = [f"r{i}" for i in range(20)]
+    async with working(at.options, at.folder) as rig:
+        for id in ids:
+            await client.send(audio(0.3, id))
+        for _ in range(12):
+            await asyncio.sleep(rng.uniform(0.2, 1.2))
+            at.proxy.stall()  # so that an answer is waited for
+            await asyncio.sleep(rng.uniform(0.0, 0.3))
+            await at.proxy.drop()
+            at.proxy.resume()
+        await client.ended(*ids, timeout=40)
+        check(client, rig, ids)
+        await client.until(lambda: not rig.feed.status()["in_hand"])
 
 
 async def away_at_the_start(at: Scene) -> None:
@@ -768,6 +798,7 @@ async def test_cuts_and_deaths(rabbitmq: RabbitMQ, tmp_path: Path) -> None:
     plays = [
         at_a_queue(cut_for_thirty_seconds),
         at_a_queue(dead_but_not_cut, timeout=2.0, heartbeat=5),
+        at_a_queue(dropped_again_and_again),
         at_a_queue(away_at_the_start),
         at_a_queue(worker_killed_with_a_standby),
         at_a_queue(mostly_heard_is_not_said_again),
@@ -777,6 +808,53 @@ async def test_cuts_and_deaths(rabbitmq: RabbitMQ, tmp_path: Path) -> None:
     for failure in failures:
         if failure is not None:
             raise failure
+
+
+async def test_what_the_library_cancels_does_not_end_us(
+    rig: Rig, client: Client, options: QueueOptions
+) -> None:
+    """A connection that goes cancels whatever waits for an answer of it: each place in turn."""
+    wire: Any = rig.feed.wire
+    loop = asyncio.get_running_loop()
+    came: list[str] = []
+
+    async def cancelled(what: str) -> Any:
+        came.append(what)
+        gone = loop.create_future()
+        gone.cancel()
+        return await gone
+
+    events = wire._exchanges[options.events]
+    events.publish = lambda *_, **__: cancelled("publish")
+    await client.send(audio(0.3, "a"))
+    await client.until(lambda: "publish" in came)
+    del events.publish
+    assert await client.ended("a") == ["finished"]
+    settle = wire._settle
+
+    async def settled(delivery: Any, how: Any) -> None:
+        wire._settle = settle
+        await settle(delivery, lambda: cancelled("ack"))
+
+    wire._settle = settled
+    await client.send(audio(0.3, "b"))
+    assert await client.ended("b") == ["finished"]
+    await client.until(lambda: "ack" in came)
+    await client.until(lambda: wire.connects == 2 and wire.up.is_set())  # it was in doubt
+    close = wire._connection.close
+
+    async def closed(*_: Any) -> Any:
+        await close()
+        return await cancelled("close")
+
+    wire._connection.close = closed
+    wire.distrust()
+    await client.until(lambda: "close" in came and wire.connects == 3 and wire.up.is_set())
+    await client.send(audio(0.3, "c"))
+    assert await client.ended("c") == ["finished"]
+    assert set(came) == {"publish", "ack", "close"}
+    check(client, rig, ["a", "b", "c"])
+    assert rig.feed.status()["trouble"] is None
 
 
 async def test_a_wrong_password_is_said_and_not_hammered(

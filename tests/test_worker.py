@@ -84,16 +84,19 @@ async def working(livekit: LiveKitServer, name: str, **more: Any) -> AsyncIterat
 
 
 @asynccontextmanager
-async def process(livekit: LiveKitServer, name: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def process(
+    livekit: LiveKitServer, name: str, persona: str = "clapper", personas: Path | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A worker as a person runs it."""
     env = {
         **os.environ,
+        "VOIPAVATAR_PERSONAS": str(personas or ""),
         "PYTHONPATH": str(ROOT),
         "LIVEKIT_URL": livekit.url,
         "LIVEKIT_API_KEY": livekit.api_key,
         "LIVEKIT_API_SECRET": livekit.api_secret,
     }
-    command = "worker --sessions 2 --persona clapper --port 0 --drain 8 --name".split()
+    command = f"worker --sessions 2 --persona {persona} --port 0 --drain 8 --name".split()
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "voipavatar", *command, name, env=env,
         stderr=asyncio.subprocess.PIPE,

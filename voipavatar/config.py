@@ -535,7 +535,11 @@ class Persona(_Strict):
         options: dict[str, Any] = {"width": self.width, "height": self.height, "fps": self.fps}
         if self.landmarks is not None:
             options["landmarks"] = self._landmarks()
-        return options | self.engine_options
+        options |= self.engine_options
+        behind = options.get("background")
+        if isinstance(behind, str) and self.beside(Path(behind)).is_file():
+            options["background"] = str(self.beside(Path(behind)))
+        return options
 
     def _landmarks(self) -> dict[str, Any]:
         if not isinstance(self.landmarks, Path):
@@ -679,8 +683,9 @@ def _known(key: tuple[str | int, ...]) -> list[str]:
     """Names of the keys that may stand at a place."""
     model: Any = Persona
     for part in key:
-        if isinstance(part, str):
-            model = _model_in(model.model_fields[part].annotation) if model else None
+        # What is no field is the key of a mapping whose values are of this model.
+        if model is not None and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation)
     return [name for name in model.model_fields if name != "path"] if model else []
 
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 from livekit import api, rtc
 from livekit.agents.voice.avatar import (
     AudioSegmentEnd,
@@ -38,9 +43,45 @@ from .viewer import Viewer
 
 RATE = 24_000
 AVATAR = "avatar-under-test"
+AGENT = "conformance-agent"
+HOSTED = ("voipavatar", "livekit")
+"""Avatars that are started here."""
 WIDTH, HEIGHT, FPS = 640, 360, 25
 FALLBACK = 1.9
 """Seconds from which an end was not told but assumed by LiveKit's sender (which does so at 2)."""
+
+STALL_AT, RECOVERY = 4.0, 8.0
+"""Seconds of speech before the avatar's loop is held, and after."""
+IN_SYNC = 0.04
+"""Seconds from its usual offset within which an avatar counts as in sync."""
+
+ROWS = {
+    "clear_to_silence_as_heard": "interruption to silence as heard by a viewer, median",
+    "clear_to_silence_p95": "the same, 95th percentile",
+    "clear_to_told": "interruption to `playback_finished`, median",
+    "clear_to_told_p95": "the same, 95th percentile",
+    "interruptions": "interruptions tried",
+    "ends_missing_after_clear": "of them without a `playback_finished` within 4 s",
+    "ends_doubled": "with more than one",
+    "fallbacks": "ended by the sender's own time-out of 2 s",
+    "clears_unheard": "still spoken a second later",
+    "position_error_interrupted": "position told less sound heard, median",
+    "position_error_interrupted_p95": "the same, 95th percentile",
+    "ends_missing": "whole segments without an end",
+    "position_error": "position of whole segments, worst",
+    "started_before_heard": "`playback_started` until it is heard",
+    "sync_seen": "picture after sound as seen, median",
+    "sync_at_source": "the same, less the viewer's own buffers",
+    "sync_drift": "change between the halves of the run",
+    "stall_recovery": "back in sync after the avatar's loop was held for a second",
+    "stall_lasting": "offset left by that",
+    "cpu_idle": "processor, idle, with encoder (% of a core)",
+    "cpu_talking": "processor, talking, with encoder (% of a core)",
+    "gap_p99": "gap between pictures, 99th percentile",
+    "lost_end": "a stream whose end is lost",
+    "picture": "picture",
+}
+"""What is measured, in milliseconds unless it says otherwise."""
 
 Tell = Callable[[str], None]
 
@@ -74,6 +115,42 @@ class _Ledger:
         return True
 
 
+async def compare(
+    settings: Settings,
+    avatars: Sequence[str] = ("voipavatar", "livekit"),
+    *,
+    room: str = "",
+    interruptions: int = 30,
+    seconds: float = 20.0,
+    server: LiveKitServer | None = None,
+    tell: Tell = _quiet,
+) -> list[dict[str, Any]]:
+    """Try several avatars, one after the other at the same server; as `run`."""
+    async with contextlib.AsyncExitStack() as undo:
+        access = server
+        if access is None:
+            access = LiveKitServer.from_settings(settings, host="127.0.0.1")
+            await undo.enter_async_context(access)
+        found = []
+        for name in avatars:
+            found.append(
+                await run(
+                    settings,
+                    name,
+                    room=room if name not in HOSTED else "",
+                    interruptions=interruptions,
+                    seconds=seconds,
+                    server=access,
+                    tell=partial(_named, tell, name),
+                )
+            )
+        return found
+
+
+def _named(tell: Tell, name: str, what: str) -> None:
+    tell(f"{name}: {what}")
+
+
 async def run(
     settings: Settings,
     avatar: str = "voipavatar",
@@ -86,7 +163,8 @@ async def run(
 ) -> dict[str, Any]:
     """Try one avatar: "voipavatar", "livekit", or the identity of one that is in `room`.
 
-    Gives names and numbers, times in milliseconds; `ends_*` counts are what the contract is about.
+    The first two run in a process of their own, at 640x360 and 25 pictures a second, so that their
+    processor time can be told. Gives numbers by the names in `ROWS`.
     """
     async with contextlib.AsyncExitStack() as undo:
         access = server
@@ -95,141 +173,205 @@ async def run(
             await undo.enter_async_context(access)
         name = room or f"conformance-{uuid.uuid4().hex[:8]}"
         identity = AVATAR
-        if avatar == "voipavatar":
-            await undo.enter_async_context(_ours(settings, access, name))
-        elif avatar == "livekit":
-            await undo.enter_async_context(_runner(access, name))
+        host: Host | None = None
+        if avatar in HOSTED:
+            host = await undo.enter_async_context(Host(avatar, access, name))
         elif room:
             identity = avatar
         else:
             raise ConfigError(
                 f"there is no avatar {avatar!r}: voipavatar, livekit, or an identity with --room"
             )
-        agent = await undo.enter_async_context(_joined(access, name, "conformance-agent"))
+        agent = await undo.enter_async_context(_joined(access, name, AGENT))
         viewer = Viewer(access.url, name, access.api_key, access.api_secret, publisher=identity)
         await undo.enter_async_context(viewer)
-        return await _try(avatar, agent, identity, viewer, interruptions, seconds, tell)
+        trial = _Trial(avatar, agent, identity, viewer, host, tell)
+        return await trial.run(interruptions, seconds)
 
 
-async def _try(
-    avatar: str,
-    agent: rtc.Room,
-    identity: str,
-    viewer: Viewer,
-    interruptions: int,
-    seconds: float,
-    tell: Tell,
-) -> dict[str, Any]:
-    found: dict[str, Any] = {"avatar": avatar}
-    output = DataStreamAudioOutput(
-        agent, destination_identity=identity, sample_rate=RATE, wait_playback_start=True
-    )
-    told = _Ledger()
-    told.listen(output)
+class _Trial:
+    """One avatar, tried by an agent and watched by a viewer."""
 
-    async def push(pcm: Int16) -> None:
+    def __init__(
+        self,
+        avatar: str,
+        agent: rtc.Room,
+        identity: str,
+        viewer: Viewer,
+        host: Host | None,
+        tell: Tell,
+    ) -> None:
+        self.found: dict[str, Any] = {"avatar": avatar}
+        self.agent = agent
+        self.identity = identity
+        self.viewer = viewer
+        self.host = host
+        self.tell = tell
+        self.told = _Ledger()
+        self.output = DataStreamAudioOutput(
+            agent, destination_identity=identity, sample_rate=RATE, wait_playback_start=True
+        )
+        self.told.listen(self.output)
+
+    async def run(self, interruptions: int, seconds: float) -> dict[str, Any]:
+        self.tell("segments")
+        await self.push(_tone(0.4))
+        self.output.flush()
+        await self.told.until(1)
+        try:
+            await self.viewer.wait(15.0)
+        except TransportError:
+            self.found["picture"] = "none was seen"
+            return self.found
+        await asyncio.sleep(1.0)
+        await self.segments()
+        self.tell("idle")
+        await self.costs("cpu_idle", asyncio.sleep(min(5.0, seconds)))
+        self.tell("interruptions")
+        await self.interrupt(interruptions)
+        self.tell("sync")
+        await self.costs("cpu_talking", self.sync(seconds))
+        if self.host is not None:
+            self.tell("a stall of a second")
+            await self.stall(self.host)
+        self.tell("an end that is lost")
+        self.found["lost_end"] = await _lost_end(
+            self.agent, self.identity, self.output, self.viewer, self.push
+        )
+        gaps = self.viewer.gaps()[25:] or [0.0]
+        self.found["gap_p99"] = round(float(np.percentile(gaps, 99)) * 1000, 1)
+        return self.found
+
+    async def push(self, pcm: Int16) -> None:
         for begin in range(0, len(pcm), RATE // 50):
             piece = pcm[begin : begin + RATE // 50]
             frame = rtc.AudioFrame(piece.tobytes(), RATE, 1, len(piece))
-            await asyncio.wait_for(output.capture_frame(frame), 20.0)
+            await asyncio.wait_for(self.output.capture_frame(frame), 20.0)
 
-    tell("segments")
-    await push(_tone(0.4))
-    output.flush()
-    await told.until(1)
-    try:
-        await viewer.wait(15.0)
-    except TransportError:
-        found["picture"] = "none was seen"
-        return found
-    await asyncio.sleep(1.0)
-    lengths = (0.5, 1.0, 0.3)
-    wanted = 1
-    for length in lengths:
-        await push(_tone(length))
-        output.flush()
-        wanted += 1
-        await told.until(wanted)
-        await asyncio.sleep(0.3)
-    ends = told.finished[-len(lengths) :]
-    found["ends_missing"] = wanted - len(told.finished)
-    if len(ends) == len(lengths):
-        errors = [abs(end[1] - length) for end, length in zip(ends, lengths, strict=True)]
-        found["position_error"] = round(max(errors) * 1000, 1)
-    heard = [viewer.when([a])[0] for a, _ in viewer.loud_spans(gap=0.15)][-len(lengths) :]
-    pairs = list(zip(told.started[-len(lengths) :], heard, strict=False))
-    if pairs:
-        found["started_before_heard"] = _ms([b - a for a, b in pairs])
-    tell("interruptions")
-    found |= await _interrupt(output, told, viewer, push, interruptions)
-    tell("sync")
-    found |= await _sync(output, told, viewer, push, seconds)
-    tell("an end that is lost")
-    found["lost_end"] = await _lost_end(agent, identity, output, viewer, push)
-    found["gap_p99"] = round(float(np.percentile(viewer.gaps()[25:] or [0.0], 99)) * 1000, 1)
-    return found
+    async def costs(self, name: str, work: Awaitable[None]) -> None:
+        """Do `work`, and tell what the avatar's process took meanwhile, in percent of a core."""
+        begin = time.monotonic()
+        before = self.host.cpu() if self.host is not None else 0.0
+        await work
+        if self.host is not None:
+            share = (self.host.cpu() - before) / (time.monotonic() - begin)
+            self.found[name] = round(100 * share, 1)
 
+    async def segments(self) -> None:
+        lengths = (0.5, 1.0, 0.3)
+        wanted = len(self.told.finished)
+        for length in lengths:
+            await self.push(_tone(length))
+            self.output.flush()
+            wanted += 1
+            await self.told.until(wanted)
+            await asyncio.sleep(0.3)
+        ends = self.told.finished[-len(lengths) :]
+        self.found["ends_missing"] = wanted - len(self.told.finished)
+        if len(ends) == len(lengths):
+            errors = [abs(end[1] - length) for end, length in zip(ends, lengths, strict=True)]
+            self.found["position_error"] = round(max(errors) * 1000, 1)
+        spans = self.viewer.loud_spans(gap=0.15)[-len(lengths) :]
+        heard = self.viewer.when([begin for begin, _ in spans])
+        pairs = list(zip(self.told.started[-len(lengths) :], heard, strict=False))
+        if pairs:
+            self.found["started_before_heard"] = _ms([b - a for a, b in pairs])
 
-async def _interrupt(
-    output: DataStreamAudioOutput,
-    told: _Ledger,
-    viewer: Viewer,
-    push: Callable[[Int16], Awaitable[None]],
-    count: int,
-) -> dict[str, Any]:
-    rng = random.Random(3)
-    waits, tails, missing, doubled = [], [], 0, 0
-    for _ in range(count):
-        before = len(told.finished)
-        await push(_tone(2.0))
-        await asyncio.sleep(rng.choice((0.0, 0.01, 0.3, 0.5, 0.7)))
-        asked = time.monotonic()
-        output.clear_buffer()
-        output.flush()
-        if not await told.until(before + 1, 4.0):
-            missing += 1
-            continue
-        waits.append(told.finished[before][0] - asked)
-        await asyncio.sleep(0.45)
-        doubled += len(told.finished) > before + 1
-        spans = viewer.loud_spans()
-        if spans and told.finished[before][1] > 0.1:
-            tails.append(viewer.when([spans[-1][1]])[0] - asked)
-    return {
-        "interruptions": count,
-        "ends_missing_after_clear": missing,
-        "ends_doubled": doubled,
-        "fallbacks": sum(wait > FALLBACK for wait in waits),
-        "clear_to_told": _ms(waits),
-        "clear_to_told_p95": round(float(np.percentile(waits or [0.0], 95)) * 1000, 1),
-        "clear_to_silence_as_heard": _ms(tails),
-        "clear_to_silence_p95": round(float(np.percentile(tails or [0.0], 95)) * 1000, 1),
-    }
+    async def interrupt(self, count: int) -> None:
+        """Segments cut off as `AgentSession` does it: the end of the stream, then the clear."""
+        rng = random.Random(3)
+        told, viewer = self.told, self.viewer
+        waits: list[float] = []
+        tails: list[float] = []
+        errors: list[float] = []
+        missing = doubled = unheard = 0
+        for _ in range(count):
+            before, since = len(told.finished), time.monotonic()
+            await self.push(_tone(2.0))
+            await asyncio.sleep(rng.choice((0.0, 0.01, 0.3, 0.5, 0.7)))
+            asked = time.monotonic()
+            self.output.flush()
+            self.output.clear_buffer()
+            if not await told.until(before + 1, 4.0):
+                missing += 1
+                continue
+            waits.append(told.finished[before][0] - asked)
+            await asyncio.sleep(0.45)
+            doubled += len(told.finished) > before + 1
+            position = told.finished[before][1]
+            spans = [
+                span
+                for span in viewer.loud_spans(gap=0.15)
+                if viewer.when([span[0]])[0] > since and span[1] - span[0] > 0.01 * FRAME_RATE
+            ]
+            if not spans:
+                continue
+            begin, end = spans[0][0], spans[-1][1]
+            last = viewer.when([end])[0]
+            if last > asked + 1.0:  # it was told to be over, and is still being said
+                unheard += 1
+                await asyncio.sleep(2.0)
+            elif position > 0.1:
+                tails.append(last - asked)
+                errors.append(abs((end - begin) / FRAME_RATE - position))
+        self.found |= {
+            "interruptions": count,
+            "ends_missing_after_clear": missing,
+            "ends_doubled": doubled,
+            "fallbacks": sum(wait > FALLBACK for wait in waits),
+            "clears_unheard": unheard,
+            "clear_to_told": _ms(waits),
+            "clear_to_told_p95": _ms(waits, 95),
+            "clear_to_silence_as_heard": _ms(tails),
+            "clear_to_silence_p95": _ms(tails, 95),
+            "position_error_interrupted": _ms(errors),
+            "position_error_interrupted_p95": _ms(errors, 95),
+        }
 
+    async def sync(self, seconds: float) -> None:
+        before, since = len(self.told.finished), time.monotonic()
+        await self.viewer.buffering()
+        await self.push(_beeps(seconds))
+        self.output.flush()
+        await self.told.until(before + 1, seconds + 10)
+        added = await self.viewer.buffering()
+        offsets = [value for when, value in self.viewer.offsets() if when > since]
+        if not offsets:
+            self.found["sync_seen"] = "no flash was seen"
+            return
+        half = len(offsets) // 2
+        drift = float(np.median(offsets[half:]) - np.median(offsets[:half])) if half else 0.0
+        self.found |= {
+            "sync_seen": _ms(offsets),
+            "sync_at_source": round((float(np.median(offsets)) - (added or 0.0)) * 1000, 1),
+            "sync_drift": round(drift * 1000, 1),
+        }
 
-async def _sync(
-    output: DataStreamAudioOutput,
-    told: _Ledger,
-    viewer: Viewer,
-    push: Callable[[Int16], Awaitable[None]],
-    seconds: float,
-) -> dict[str, Any]:
-    before, since = len(told.finished), time.monotonic()
-    await viewer.buffering()
-    await push(_beeps(seconds))
-    output.flush()
-    await told.until(before + 1, seconds + 10)
-    added = await viewer.buffering()
-    offsets = [value for when, value in viewer.offsets() if when > since]
-    if not offsets:
-        return {"sync": "no flash was seen"}
-    half = len(offsets) // 2
-    drift = float(np.median(offsets[half:]) - np.median(offsets[:half])) if half else 0.0
-    return {
-        "sync_seen": _ms(offsets),
-        "sync_at_source": round((float(np.median(offsets)) - (added or 0.0)) * 1000, 1),
-        "sync_drift": round(drift * 1000, 1),
-    }
+    async def stall(self, host: Host) -> None:
+        """The avatar's event loop is held for a second in mid-speech; when sync is back as it
+        was, and what is left of it."""
+        before, since = len(self.told.finished), time.monotonic()
+        await self.push(_beeps(STALL_AT + 1.0 + RECOVERY))
+        self.output.flush()
+        await asyncio.sleep(STALL_AT)
+        released = await host.stall()
+        await self.told.until(before + 1, RECOVERY + 6.0)
+        await asyncio.sleep(0.5)
+        offsets = [(when, value) for when, value in self.viewer.offsets() if when > since + 1.0]
+        steady = [value for when, value in offsets if when < released - 1.2]
+        after = [(when - released, value) for when, value in offsets if when > released]
+        if not steady or len(after) < 4:
+            self.found["stall_recovery"] = "not seen"
+            return
+        usual = float(np.median(steady))
+        off = [when for when, value in after if abs(value - usual) > IN_SYNC]
+        last = after[-1][0]
+        if off and off[-1] > last - 1.5:
+            self.found["stall_recovery"] = f"not within {last:.0f} s"
+        else:
+            self.found["stall_recovery"] = round(1000 * (off[-1] if off else 0.0))
+        rest = float(np.median([value for _, value in after[-4:]])) - usual
+        self.found["stall_lasting"] = round(1000 * rest, 1)
 
 
 async def _lost_end(
@@ -262,8 +404,8 @@ async def _lost_end(
     return "the next segment was not heard"
 
 
-def _ms(values: list[float]) -> float | None:
-    return round(float(np.median(values)) * 1000, 1) if values else None
+def _ms(values: list[float], percentile: float = 50) -> float | None:
+    return round(float(np.percentile(values, percentile)) * 1000, 1) if values else None
 
 
 def _tone(seconds: float) -> Int16:
@@ -277,7 +419,106 @@ def _beeps(seconds: float) -> Int16:
     return (np.sin(2 * np.pi * 1000 * times) * loud * 16_000).astype(np.int16)
 
 
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """The columns side by side."""
+    lines = [
+        "| milliseconds, where nothing else is said | "
+        + " | ".join(str(one["avatar"]) for one in found)
+        + " |",
+        "|---" * (len(found) + 1) + "|",
+    ]
+    for key, label in ROWS.items():
+        if any(key in one for one in found):
+            cells = ("" if one.get(key) is None else str(one[key]) for one in found)
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # --- the avatars ----------------------------------------------------------------------------------
+
+
+class Host:
+    """An avatar in a process of its own, which can be measured and held up."""
+
+    START = 60.0
+    """Seconds in which it must be there."""
+
+    def __init__(self, avatar: str, access: LiveKitServer, room: str) -> None:
+        self._avatar = avatar
+        self._access = access
+        self._room = room
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._said: deque[str] = deque(maxlen=20)
+
+    async def __aenter__(self) -> Host:
+        access = self._access
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "voipavatar.conformance", self._avatar, self._room,
+            env=os.environ | {"LIVEKIT_URL": access.url, "LIVEKIT_API_KEY": access.api_key,
+                              "LIVEKIT_API_SECRET": access.api_secret},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        self._reader = asyncio.create_task(self._read(), name="conformance-host")
+        try:
+            await self._answer(self.START)
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        process = self._process
+        assert process is not None and process.stdin is not None
+        process.stdin.close()  # it takes that for the end
+        try:
+            await asyncio.wait_for(process.wait(), 15.0)
+        except asyncio.TimeoutError:
+            process.kill()
+            await process.wait()
+        if self._reader is not None:
+            await self._reader
+
+    async def _read(self) -> None:
+        assert self._process is not None and self._process.stderr is not None
+        async for line in self._process.stderr:
+            self._said.append(line.decode(errors="replace"))
+
+    async def _answer(self, limit: float) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        line = await asyncio.wait_for(self._process.stdout.readline(), limit)
+        if not line:
+            raise TransportError(f"the avatar {self._avatar!r} ended: " + "".join(self._said))
+
+    def cpu(self) -> float:
+        """Seconds of processor time that it took until now, its native threads included."""
+        assert self._process is not None
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    async def stall(self) -> float:
+        """Hold its event loop for a second; the monotonic time at which it went on."""
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(b"stall\n")
+        await self._answer(10.0)
+        return time.monotonic()
+
+
+async def _host(avatar: str, room: str) -> None:
+    """The other side of `Host`."""
+    settings = Settings.from_env()
+    access = LiveKitServer.from_settings(settings, host="127.0.0.1")
+    loop = asyncio.get_running_loop()
+    commands = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    kind = _ours(settings, access, room) if avatar == "voipavatar" else _runner(access, room)
+    async with kind:
+        print("ready", flush=True)
+        while await commands.readline():
+            time.sleep(1.0)  # noqa: ASYNC251 - the stall is what is measured
+            print("stalled", flush=True)
 
 
 @contextlib.asynccontextmanager
@@ -300,7 +541,7 @@ async def _ours(settings: Settings, access: LiveKitServer, room: str) -> AsyncIt
 async def _runner(access: LiveKitServer, room: str) -> AsyncIterator[None]:
     """LiveKit's `AvatarRunner`, as its examples use it."""
     async with _joined(access, room, AVATAR) as joined:
-        receiver = DataStreamAudioReceiver(joined, sender_identity="conformance-agent")
+        receiver = DataStreamAudioReceiver(joined, sender_identity=AGENT)
         runner = AvatarRunner(
             joined,
             audio_recv=receiver,
@@ -382,3 +623,7 @@ async def _joined(access: LiveKitServer, room: str, identity: str) -> AsyncItera
         yield joined
     finally:
         await joined.disconnect()
+
+
+if __name__ == "__main__":
+    asyncio.run(_host(*sys.argv[1:3]))

@@ -15,7 +15,7 @@ import time
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy.typing as npt
 from .config import Persona, Settings, VoiceChoice, list_personas
 from .engines import Avatar, Job
 from .engines.articulation import JAW, shape
+from .engines.film import FilmPuppet
 from .engines.puppet import Pose
 from .engines.rig import HEAD, Float64
 from .engines.viseme import VisemeEngine, VisemeSession
@@ -197,6 +198,8 @@ class Looker:
     def __init__(self, mesh: FaceMesh, session: VisemeSession) -> None:
         self._mesh = mesh
         self._puppet = session.puppet
+        # A clip's head moves as it likes: there each picture is looked for near the one before.
+        self._film = session.puppet if isinstance(session.puppet, FilmPuppet) else None
         rest = self._drawn()
         # Where the face is, is known from the rig: the nearest one is ours.
         origin, axis = session.puppet.rig.frame
@@ -215,11 +218,15 @@ class Looker:
 
     def _drawn(self, jaw: float = 0.0, press: float = 0.0) -> UInt8:
         mouth = np.array([jaw, 0, 0, press, 0, 0, 0, 0], np.float32)
-        return bgr(self._puppet.draw(Pose(mouth, np.zeros(len(HEAD), np.float32))))
+        clock = self._film.reference if self._film is not None else 0
+        return bgr(self._puppet.draw(Pose(mouth, np.zeros(len(HEAD), np.float32), clock=clock)))
 
     def opening(self, picture: UInt8) -> float:
         """0 pressed lips, 1 the widest open mouth: by the mean of three places along the lips."""
-        points = self._mesh.glance(picture, self._rest)[:, :2]
+        found = self._mesh.glance(picture, self._rest)
+        if self._film is not None:
+            self._rest = replace(self._rest, points=found)
+        points = found[:, :2]
         unit = float(np.linalg.norm(points[263] - points[33]))
         apart = [np.linalg.norm(points[a] - points[b]) for a, b in ((13, 14), (82, 87), (312, 317))]
         gap = float(np.mean(apart)) / unit
@@ -401,13 +408,14 @@ def _outside(
         height=avatar.height,
         options={**avatar.options, "motion": 0.0, "blink": 0.0},
     )
-    session = engine.open(still)
-    rest = engine.render(session.idle(1))[0]
+    session, silent = engine.open(still), engine.open(still)
     jobs = session.push(speech.pcm[: 3 * ENGINE_RATE])
+    # At the same moments, for a clip moves by itself.
+    alone = silent.idle(len(jobs))
     rows = slice(0, max(1, int(looker.origin[1] - 0.42 * looker.unit)))
     apart = [
         np.abs(picture[rows].astype(np.int16) - rest[rows].astype(np.int16))
-        for picture in engine.render(jobs[::4])
+        for picture, rest in zip(engine.render(jobs[::4]), engine.render(alone[::4]), strict=True)
     ]
     if not apart:
         return 0.0, 0.0

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from .config import OWN, Persona, Settings, VoiceChoice, load_persona
 from .engines import Avatar, Engine, EngineSession, Progress, Renderer, Spec
 from .errors import ConfigError, InputError, StageError, VoipAvatarError
-from .media import Clock, Cue, Int16, ManualClock, Mode, MonotonicClock, Sink
+from .media import POSES, Clock, Cue, Int16, ManualClock, Mode, MonotonicClock, Sink
 from .stage import Options, Stage, State
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ class Session:
         self.emit("persona", persona=self.persona.name)
 
     async def choose_idle(self, name: str) -> None:
-        """Take on another of the persona's looks, now; "default" is its own.
+        """Take on another of the persona's looks, now; "default" is its own. Or a pose, by name.
 
         Nothing said is lost, and it goes on speaking in that look. Raises InputError when the
         persona has none so called, and what `Studio.open` does: it goes on as it was then.
@@ -292,11 +292,17 @@ class Session:
         if self._draining:
             raise StageError("the session is closing: open a new one")
         self.touched = time.monotonic()
+        if name and name in POSES and name not in self.persona.idles:
+            self.stage.pose(name)
+            self.emit("idle", idle=name)
+            return
         async with self._swapping:
             look = self.persona.look(name)
             if name != self.idle:
                 await self._studio.swap(self, look)
                 self.idle = name
+        if name == OWN:
+            self.stage.pose("")
         self.emit("idle", idle=name)
 
     def pause(self) -> None:
@@ -308,6 +314,21 @@ class Session:
         """Go on with the word that was held. Idempotent."""
         self.touched = time.monotonic()
         self.stage.resume()
+
+    def pose(self, name: str) -> None:
+        """How the face is held while it doesn't speak: "attentive" while the other may speak,
+        "listening" while they do, "thinking" while an answer is looked for, "" as it likes.
+
+        It stays until another is asked for; speech goes before it, and ends a "thinking".
+        Raises InputError for another name.
+        """
+        self.touched = time.monotonic()
+        self.stage.pose(name)
+
+    def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now. InputError when there is none."""
+        self.touched = time.monotonic()
+        self.stage.gesture(name)
 
     def choose_voice(self, name: str | None) -> None:
         """Speak with this one of the persona's voices from the next text on; None is its first.

@@ -18,7 +18,7 @@ from .engines.film import FilmPuppet
 from .engines.filmlips import carried
 from .engines.puppet import Pose
 from .engines.rig import HEAD, Float64
-from .engines.viseme import Options, VisemeEngine, read_portrait
+from .engines.viseme import GREY, VisemeEngine, read_portrait
 from .errors import AvatarError, ConfigError
 from .media import UInt8
 
@@ -134,10 +134,11 @@ def write_sheet(
     engine: VisemeEngine, avatar: Avatar, portrait: Path, options: dict[str, Any], out: Path
 ) -> None:
     """The sheet as a picture file. AvatarError when it can't be written."""
-    background = tuple(options.get("background") or Options().background)
-    if len(background) != 3:
+    background = options.get("background")
+    colour = GREY if background is None or isinstance(background, str) else tuple(background)
+    if len(colour) != 3:
         raise ConfigError("engine option background must be [red, green, blue]")
-    sheet = make_sheet(engine, avatar, portrait, (background[0], background[1], background[2]))
+    sheet = make_sheet(engine, avatar, portrait, (colour[0], colour[1], colour[2]))
     try:
         good, data = cv2.imencode(out.suffix or ".png", sheet)
     except cv2.error:

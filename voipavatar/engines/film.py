@@ -175,16 +175,17 @@ class FilmPuppet(Puppet):
             return
         pose = self.poses[i]
         turn = np.array([[pose[0].real, -pose[0].imag], [pose[0].imag, pose[0].real]])
-        anchors, upper, lower = self._edges(i, pose, weights)
+        anchors, upper, lower = self._lips_at(i, pose, weights)
         line, soft = self._dividing(x, width, upper, lower)
         first = math.floor((line - soft / 2).min() - y) // 4 * 4 - 4
         last = -(-math.ceil((line + soft / 2).max() - y) // 4) * 4 + 4
         first = min(max(first, 0), height - 12)
         last = min(max(last, first + 8), height - 4)
-        # Half-resolution nodes of the box, one more on every side than it has.
-        nodes = grid_nodes((x, y, width, height), 2, pad=1).astype(np.float32)
-        over_nodes = nodes[: last // 2 + 2]
-        under_nodes = nodes[first // 2 :]
+        # Motion is smooth within a layer: it is followed on every fourth pixel of the box, and one
+        # node more on every side.
+        nodes = grid_nodes((x, y, width, height), 4, pad=1).astype(np.float32)
+        over_nodes = nodes[: last // 4 + 2]
+        under_nodes = nodes[first // 4 :]
         over, under = self._flows(i, weights)
         over_from = self._sources(over_nodes, over, pose, turn)
         under_from = self._sources(under_nodes, under, pose, turn)
@@ -219,7 +220,7 @@ class FilmPuppet(Puppet):
             2, 0, 1
         )
 
-    def _edges(self, i: int, pose: Poses, weights: Float32) -> tuple[Float32, Float64, Float64]:
+    def _lips_at(self, i: int, pose: Poses, weights: Float32) -> tuple[Float32, Float64, Float64]:
         frame = self.rig.frame
         down = self._down * self._unit
         anchors = np.stack([frame[0], frame[0] + 0.2 * frame[1], frame[0] + 0.2 * down])
@@ -284,14 +285,14 @@ class FilmPuppet(Puppet):
         return np.asarray(nodes - back, np.float32)
 
     def _taken(self, plane: UInt8, colours: UInt8, nodes: Float32) -> tuple[UInt8, UInt8]:
-        """Luma and chroma of the picture where padded half-resolution `nodes` say."""
+        """Luma and chroma of the picture where padded quarter-resolution `nodes` say."""
         rows, columns = nodes.shape[:2]
-        full = cv2.resize(nodes, (columns * 2, rows * 2), interpolation=cv2.INTER_LINEAR)
-        full = full[2:-2, 2:-2]
-        half = (nodes[1:-1, 1:-1] - np.float32(0.5)) * np.float32(0.5)
-        luma = _cubic(plane, np.ascontiguousarray(full, np.float32))
-        chroma = np.stack([_cubic(colours[0], half), _cubic(colours[1], half)], -1)
-        return luma, chroma
+        full = cv2.resize(nodes, (columns * 4, rows * 4), interpolation=cv2.INTER_LINEAR)
+        half = cv2.resize(nodes, (columns * 2, rows * 2), interpolation=cv2.INTER_LINEAR)
+        half = (half[2:-2, 2:-2] - np.float32(0.5)) * np.float32(0.5)
+        luma = _cubic(plane, np.ascontiguousarray(full[4:-4, 4:-4], np.float32))
+        chroma = cv2.merge((_cubic(colours[0], half), _cubic(colours[1], half)))
+        return luma, np.asarray(chroma, np.uint8)
 
     def _seen_inside(
         self, paint: Float32, place: Float64, upper: Float64, lower: Float64, weights: Float32

@@ -337,7 +337,7 @@ def compare(motion: Motion, told: Landmarks, rig: Rig, fps: int, strength: Float
     own_ring[:, 11:, 1] += inset
     own[:, :20] = own_ring
     # The mesh's corners lie a little inside: there, too, an open mouth is to be closed.
-    part = np.stack([gap[:, 0], gap[:, -1]], 1) * 0.25
+    part = np.stack([gap[:, 0], gap[:, -1]], 1) * 0.40
     corner = own_ring[:, [0, 10]].copy()
     own[:, [0, 10], 1] -= part
     corner[..., 1] += part

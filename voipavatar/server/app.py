@@ -217,6 +217,12 @@ class _Routes:
         post("/sessions/{id}/interrupt", tags=["speech"], status_code=204, responses=_PROBLEM)(
             self.interrupt
         )
+        post("/sessions/{id}/pose", tags=["sessions"], status_code=204, responses=_PROBLEM)(
+            self.pose
+        )
+        post("/sessions/{id}/gesture", tags=["sessions"], status_code=204, responses=_PROBLEM)(
+            self.gesture
+        )
         app.websocket("/sessions/{id}/audio")(self.audio)
 
     # --- the page ---------------------------------------------------------------------------------
@@ -387,6 +393,18 @@ class _Routes:
         """Another face on air: same room, same participant, nothing said is lost."""
         entry = self._entry(id)
         await entry.session.swap_persona(await self._persona(wish.persona))
+        entry.touch()
+
+    async def pose(self, id: str, wish: models.Pose) -> None:
+        """Listen, think, or be at ease, for as long as nothing is said."""
+        entry = self._entry(id)
+        entry.session.pose(wish.pose)
+        entry.touch()
+
+    async def gesture(self, id: str, wish: models.Gesture) -> None:
+        """A gesture, now, also in the middle of speech."""
+        entry = self._entry(id)
+        entry.session.gesture(wish.gesture)
         entry.touch()
 
     async def idle(self, id: str, wish: models.Idle) -> None:

@@ -99,6 +99,28 @@ class Become(BaseModel):
     )
 
 
+class Pose(BaseModel):
+    """How the face is held while it doesn't speak."""
+
+    pose: str = Field(
+        max_length=32,
+        description="listening: the other speaks; attentive: they may; thinking: an answer is "
+        'looked for; "": as it likes. It stays until another is asked for; speech goes before it',
+    )
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"pose": "listening"}]}
+    )
+
+
+class Gesture(BaseModel):
+    """One gesture, now."""
+
+    gesture: str = Field(max_length=32, description="nod, shake, smile, wink, tilt, brows or blink")
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"gesture": "nod"}]})
+
+
 class Idle(BaseModel):
     """Which of the persona's looks from now on."""
 
