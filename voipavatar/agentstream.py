@@ -35,6 +35,8 @@ PLAYBACK_STARTED = "lk.playback_started"
 PLAYBACK_FINISHED = "lk.playback_finished"
 PERSONA = "voipavatar.persona"
 """Beyond the protocol: become another persona on air; the payload is its name."""
+LEAVE = "voipavatar.leave"
+"""Beyond the protocol: leave the room by yourself; "ok" once it is about to."""
 ALIVE = "voipavatar.alive"
 """Beyond the protocol: answers "ok" for as long as the avatar's loop runs."""
 DISPATCH = "voipavatar.dispatch"
@@ -146,6 +148,7 @@ class AgentStream:
         agent: str = "",
         on_agent: Callable[[str], None] | None = None,
         on_persona: Callable[[str], Awaitable[None]] | None = None,
+        on_leave: Callable[[], Awaitable[None]] | None = None,
         idle: float = IDLE,
     ) -> None:
         self.agent = agent
@@ -158,6 +161,7 @@ class AgentStream:
         """Segments cut short since too much waited, or refused."""
         self._on_agent = on_agent
         self._on_persona = on_persona
+        self._on_leave = on_leave
         self._idle = idle
         self._room: rtc.Room | None = None
         self._gone: set[str] = set()  # who was here and left
@@ -169,6 +173,7 @@ class AgentStream:
         self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reporting: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._closed = False
 
     # -- the guest ---------------------------------------------------------------------------------
@@ -187,6 +192,8 @@ class AgentStream:
         room.local_participant.register_rpc_method(ALIVE, lambda call: "ok")
         if self._on_persona is not None:
             room.local_participant.register_rpc_method(PERSONA, self._persona)
+        if self._on_leave is not None:
+            room.local_participant.register_rpc_method(LEAVE, self._leave)
         if self._reporting is None and not self._closed:
             self._reporting = asyncio.create_task(self._report(), name="agent-report")
 
@@ -353,6 +360,18 @@ class AgentStream:
         except VoipAvatarError as error:
             raise rtc.RpcError(1422, str(error)[:250]) from None
         return "ok"
+
+    async def _leave(self, call: rtc.RpcInvocationData) -> str:
+        """The agent has no more use for this avatar."""
+        if call.caller_identity != self.agent and not await self._introduced(call.caller_identity):
+            raise rtc.RpcError(1403, "only the agent may send the avatar away")
+        self._leaving = asyncio.create_task(self._left_by_itself(), name="agent-leave")
+        return "ok"
+
+    async def _left_by_itself(self) -> None:
+        await asyncio.sleep(0.05)  # for the answer to get away
+        if self._on_leave is not None:
+            await self._on_leave()
 
     async def _clear(self, call: rtc.RpcInvocationData) -> str:
         """Silence, now. Everything of this agent that is not over gets its report."""

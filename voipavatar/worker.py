@@ -414,7 +414,11 @@ class Worker:
                 raise ConfigError("the avatar is not on air yet: ask again")
             await session.swap_persona(name)
 
-        stream = AgentStream(agent=order.agent, on_persona=become)
+        async def leave() -> None:
+            if session is not None:
+                await session.aclose()
+
+        stream = AgentStream(agent=order.agent, on_persona=become, on_leave=leave)
         follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,
