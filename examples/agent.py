@@ -5,10 +5,11 @@
     python examples/agent.py dev
 
 The avatar runs in this process. With `voipavatar worker` on another machine, set
-VOIPAVATAR_AGENT_NAME=voipavatar here and nothing else changes.
+VOIPAVATAR_AGENT_NAME=voipavatar here and nothing else changes. examples/agent.yaml is the same
+without Python.
 """
 
-from livekit.agents import Agent, AgentServer, AgentSession, JobContext, cli
+from livekit.agents import Agent, AgentServer, AgentSession, AutoSubscribe, JobContext, cli
 from livekit.plugins import google, voipavatar
 
 server = AgentServer()
@@ -16,10 +17,11 @@ server = AgentServer()
 
 @server.rtc_session()
 async def entrypoint(ctx: JobContext) -> None:
-    await ctx.connect()
+    await ctx.connect(auto_subscribe=AutoSubscribe.AUDIO_ONLY)  # not to decode its own picture
     session = AgentSession(
         llm=google.realtime.RealtimeModel(voice="Puck"),
-        resume_false_interruption=False,  # an avatar can't be paused in mid-word
+        # An avatar stops; it can't be paused in mid-word.
+        turn_handling={"interruption": {"resume_false_interruption": False}},
     )
     avatar = voipavatar.AvatarSession(persona="default")
     await avatar.start(session, ctx.room)
@@ -27,6 +29,7 @@ async def entrypoint(ctx: JobContext) -> None:
         agent=Agent(instructions="You are a friendly guide. Keep answers to two sentences."),
         room=ctx.room,
     )
+    await ctx.wait_for_participant()
     await session.generate_reply(instructions="Greet the user and ask what you can do.")
 
 

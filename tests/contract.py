@@ -13,15 +13,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from voipavatar.engines import Avatar, Engine, EngineSession, Job
-from voipavatar.errors import AvatarError, ConfigError, VoipAvatarError
-from voipavatar.media import ENGINE_RATE, Float32, UInt8, frames_for
+from voipavatar.engines import Avatar, Engine, EngineSession, Expressive, Job
+from voipavatar.errors import AvatarError, ConfigError, EngineError, VoipAvatarError
+from voipavatar.media import ENGINE_RATE, POSES, Float32, UInt8, frames_for
 
 
 def babble(seconds: float, seed: int = 0) -> Float32:
@@ -63,6 +64,8 @@ class Kit:
     settle: int = 0
     """Pictures after speech, beyond the mouth's, until the rest of the face has forgotten it."""
     open_seconds: float = 1.0
+    posed: bool = True
+    """Poses are seen in its pictures, if it has any."""
 
     def __post_init__(self) -> None:
         self.engine = self.make()
@@ -72,6 +75,13 @@ class Kit:
 
     def prepare(self, name: str, **options: Any) -> Avatar:
         return self.engine.prepare(self.source, self.folder / name, self.options | options, quiet)
+
+    @cached_property
+    def uncut(self) -> tuple[Float32, list[Job], list[UInt8]]:
+        """A turn pushed in one piece: its sound, its jobs, its pictures."""
+        pcm = babble(1.3)
+        jobs = turn(self.open(), iter([pcm]))
+        return pcm, jobs, self.draw(jobs)
 
     def open(self) -> EngineSession:
         return self.engine.open(self.avatar)
@@ -122,11 +132,10 @@ class EngineContract:
 
     @pytest.mark.parametrize("size", [160, 641, 5000, None])
     def test_cutting_changes_nothing(self, kit: Kit, size: int | None) -> None:
-        pcm = babble(1.3)
-        whole = turn(kit.open(), iter([pcm]))
+        pcm, whole, pictures = kit.uncut
         parts = turn(kit.open(), cuts(pcm, size))
         assert [job.clock for job in parts] == [job.clock for job in whole]
-        kit.same(kit.draw(parts), kit.draw(whole))
+        kit.same(kit.draw(parts), pictures)
 
     @pytest.mark.parametrize("size", [80, 640, 1111])
     def test_no_job_is_late(self, kit: Kit, size: int) -> None:
@@ -254,6 +263,34 @@ class EngineContract:
         session, idle = kit.open(), kit.open()
         jobs = turn(session, iter([np.zeros(ENGINE_RATE, np.float32)]))
         kit.same(kit.draw(jobs), kit.draw(idle.idle(len(jobs))))
+
+    def test_a_pose_comes_and_goes_and_outlives_an_interruption(self, kit: Kit) -> None:
+        session, other, plain = kit.open(), kit.open(), kit.open()
+        assert isinstance(session, Expressive) == ("poses" in kit.engine.info.can)
+        if not (isinstance(session, Expressive) and isinstance(other, Expressive)):
+            pytest.skip("this engine has no poses")
+        with pytest.raises(EngineError, match="upside down"):
+            session.pose("upside down")
+        with pytest.raises(EngineError, match="somersault"):
+            session.gesture("somersault")
+        for pose in (one for one in POSES if one):
+            jobs = [session.idle(2), other.idle(2)]
+            session.pose(pose)
+            other.pose(pose)
+            jobs[0] += session.idle(30)
+            jobs[1] += [job for _ in range(10) for job in other.idle(3)]
+            usual = plain.idle(32)
+            kit.same(kit.draw(jobs[0][::4]), kit.draw(jobs[1][::4]))
+            held, free = kit.draw(jobs[0][-2:] + usual[-2:])[::2]
+            assert np.array_equal(held, free) != kit.posed, f"{pose} can't be seen"
+            back = jobs[0][-1].clock - 4
+            session.reset(clock=back)
+            kit.same(kit.draw(session.idle(5)), kit.draw(jobs[0][-5:]))
+            for one in (session, other):
+                one.pose("")
+            after = session.idle(kit.settle + 3)
+            other.idle(kit.settle + 3)
+            kit.same(kit.draw(after[-3:]), kit.draw(plain.idle(kit.settle + 3)[-3:]))
 
     def test_preparing_twice_is_no_work(self, kit: Kit) -> None:
         kit.prepare("twice")

@@ -18,7 +18,7 @@ import av
 
 from voipavatar.config import Persona, VoiceChoice
 from voipavatar.errors import CapacityError, InputError, StageError
-from voipavatar.media import Cue, Int16, Mode
+from voipavatar.media import POSES, Cue, Int16, Mode
 from voipavatar.room import RoomOptions
 
 
@@ -91,11 +91,13 @@ class FakeSession:
     ) -> None:
         self.id = id
         self.persona = persona
+        self.idle = "default"
         self.room = room
         self.voice = voice
         self.state = "idle"
         self.said: list[tuple[str, Mode, list[VoiceChoice] | None]] = []
         self.played: list[bytes] = []
+        self.posed: list[str] = []
         self.turns: list[FakeUtterance] = []
         self.closed: float | None = None
         self.word = word
@@ -141,9 +143,23 @@ class FakeSession:
         self._drop(queued=True)
         return count
 
+    def pose(self, name: str) -> None:
+        if name not in POSES:
+            raise InputError(f"there is no pose {name!r}")
+        self.posed.append(name)
+
+    def gesture(self, name: str) -> None:
+        if name != "nod":
+            raise InputError(f"there is no gesture {name!r}")
+        self.posed.append(name)
+
     async def swap_persona(self, persona: Persona | str) -> None:
         assert isinstance(persona, Persona)
         self.persona = persona
+
+    async def choose_idle(self, name: str) -> None:
+        self.persona.look(name)
+        self.idle = name
 
     def status(self) -> dict[str, Any]:
         return {"state": self.state, "queue": len(self._queue), "counters": {"frames": 0}}

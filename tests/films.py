@@ -141,7 +141,7 @@ def film(
         x, y, degrees, scale = move(t)
         centre = (width / 2, height * 0.55)
         matrix = cv2.getRotationMatrix2D(centre, -degrees, scale)
-        matrix[:, 2] += (x * height, y * height)
+        matrix[:, 2] += np.array([x * height, y * height])
         if (x, y, degrees, scale) != (0, 0, 0, 1):
             picture = np.asarray(
                 cv2.warpAffine(

@@ -13,6 +13,7 @@ from livekit.agents import (
     NOT_GIVEN,
     APIConnectionError,
     APIConnectOptions,
+    LanguageCode,
     NotGivenOr,
     function_tool,
     llm,
@@ -90,7 +91,8 @@ class _Listening(stt.RecognizeStream):
 
 def _told(kind: stt.SpeechEventType, text: str) -> stt.SpeechEvent:
     return stt.SpeechEvent(
-        type=kind, alternatives=[stt.SpeechData(language="en", text=text, confidence=1.0)]
+        type=kind,
+        alternatives=[stt.SpeechData(language=LanguageCode("en"), text=text, confidence=1.0)],
     )
 
 

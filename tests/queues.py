@@ -23,7 +23,7 @@ from voipavatar.config import Persona, Settings
 from voipavatar.engines import Spec
 from voipavatar.feed import Place
 from voipavatar.ledger import Ledger, SqliteLedger
-from voipavatar.media import Clock, Frame
+from voipavatar.media import Clock, Frame, UInt8
 from voipavatar.messages import OUTCOMES, Event, read_event
 from voipavatar.rabbitmq import QueueFeed, QueueOptions
 from voipavatar.session import Session, Studio
@@ -68,15 +68,20 @@ class Watch:
     def __init__(self, spec: Spec) -> None:
         self.turns: list[int] = []
         """Every turn of which a frame was shown, in order of their first."""
-        self.last = time.monotonic()
+        self.last: float | None = None
         self.gap = 0.0
-        """The longest time without a frame, in seconds."""
+        """The longest time between two frames, in seconds."""
         self.frames = 0
+        self.image: UInt8 | None = None
+        """The last picture."""
 
     def put(self, frame: Frame) -> None:
         now = time.monotonic()
-        self.gap, self.last = max(self.gap, now - self.last), now
+        if self.last is not None:
+            self.gap = max(self.gap, now - self.last)
+        self.last = now
         self.frames += 1
+        self.image = frame.image
         if frame.turn is not None and frame.turn not in self.turns[-3:]:
             self.turns.append(frame.turn)
 
@@ -115,6 +120,7 @@ async def working(
     clock: Callable[[], Clock] | None = None,
     stage: Options | None = None,
     wait: bool = True,
+    persona: Persona = CLAPPER,
 ) -> AsyncIterator[Rig]:
     """A worker. With `wait` its broker is there before this goes on."""
     own = ledger or SqliteLedger(folder / "messages.sqlite")
@@ -127,10 +133,10 @@ async def working(
     async with contextlib.AsyncExitStack() as undo:
         undo.push_async_callback(own.aclose)
         studio = await undo.enter_async_context(Studio(Settings(cache_dir=folder)))
-        place = Place(studio, CLAPPER, options.queue, sinks=[sink])
+        place = Place(studio, persona, options.queue, sinks=[sink])
         if clock is not None:
             session = await studio.open(
-                CLAPPER, id=options.queue, sinks=[sink], clock=clock(), options=stage
+                persona, id=options.queue, sinks=[sink], clock=clock(), options=stage
             )
             place.adopt(session)
         else:
@@ -175,8 +181,7 @@ class Client:
 
     async def _heard(self, message: AbstractIncomingMessage) -> None:
         event = read_event(message.body)
-        assert event.queue is not None
-        if event.queue == self.options.queue:
+        if event.queue in (None, self.options.queue):
             self.raw.append(message)
             self.events.append(event)
         self._new.set()

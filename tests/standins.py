@@ -235,6 +235,48 @@ async def openai(behaviour: Behaviour, form: str = "wav") -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
 
 
+@contextlib.asynccontextmanager
+async def chat(behaviour: Behaviour, *answers: str) -> AsyncIterator[str]:
+    """`POST /v1/chat/completions` as a stream of events; gives the base URL. Answers in turn."""
+    left = list(answers)
+
+    async def complete(request: web.Request) -> web.StreamResponse:
+        behaviour.connections += 1
+        behaviour.keys.append(request.headers.get("Authorization", ""))
+        if behaviour.status:
+            return web.json_response(
+                {"error": {"message": "no", "type": "x", "code": "x"}}, status=behaviour.status
+            )
+        told = await request.json()
+        behaviour.requests.append(told)
+        behaviour.texts.append(str(told["messages"][-1]["content"]))
+        response = web.StreamResponse()
+        response.content_type = "text/event-stream"
+        await response.prepare(request)
+        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+        deltas += [{"content": f"{word} "} for word in (left.pop(0) if left else "yes").split()]
+        for index, delta in enumerate([*deltas, {}]):
+            event = {
+                "id": "chatcmpl-1",
+                "object": "chat.completion.chunk",
+                "created": 0,
+                "model": told["model"],
+                "choices": [
+                    {
+                        "index": 0,
+                        "delta": delta,
+                        "finish_reason": "stop" if index == len(deltas) else None,
+                    }
+                ],
+            }
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async with served({"/v1/chat/completions": complete}) as port:
+        yield f"http://127.0.0.1:{port}/v1"
+
+
 # --- Azure ----------------------------------------------------------------------------------------
 
 

@@ -17,14 +17,18 @@ from livekit import rtc
 from livekit.agents.voice.avatar import DataStreamAudioOutput
 
 from voipavatar.agentstream import (
+    AGENT_STATE,
     AUDIO_TOPIC,
     CLEAR_BUFFER,
+    GESTURE,
     PLAYBACK_FINISHED,
     PLAYBACK_STARTED,
+    POSE,
     AgentStream,
     Pcm,
 )
 from voipavatar.config import Persona, Settings
+from voipavatar.errors import InputError
 from voipavatar.livekit_server import LiveKitServer
 from voipavatar.room import RoomOptions
 from voipavatar.session import Session, Studio
@@ -319,3 +323,50 @@ def _collect(room: rtc.Room, reports: list[tuple[str, str]], delay: float = 0.0)
 
 def _count(reports: list[tuple[str, str]]) -> int:
     return sum(method == PLAYBACK_FINISHED for method, _ in reports)
+
+
+async def test_the_agents_state_poses_the_face(livekit: LiveKitServer) -> None:
+    """LiveKit's own attribute, and in its place the one that tells of the user's turn too."""
+    room = f"pose-{uuid.uuid4().hex[:6]}"
+    told: list[str] = []
+
+    def gesture(name: str) -> None:
+        if name != "nod":
+            raise InputError("there is no such gesture")
+        told.append(name)
+
+    async with avatar(livekit, room, on_pose=told.append, on_gesture=gesture) as _:
+        async with Joined(livekit, room) as agent, Joined(livekit, room, "guest") as guest:
+
+            async def ask(name: str, by: rtc.Room = agent) -> str:
+                return await by.local_participant.perform_rpc(
+                    destination_identity=AVATAR, method=GESTURE, payload=name
+                )
+
+            async def until(count: int) -> None:
+                for _ in range(250):
+                    if len(told) >= count:
+                        return
+                    await asyncio.sleep(0.02)
+                raise AssertionError(told)
+
+            me = agent.local_participant
+            for count, attributes in enumerate(
+                (
+                    {AGENT_STATE: "thinking"},
+                    {AGENT_STATE: "speaking"},
+                    {AGENT_STATE: "listening"},
+                    {POSE: "listening"},
+                    {POSE: "thinking", AGENT_STATE: "speaking"},
+                ),
+                1,
+            ):
+                await me.set_attributes(attributes)
+                await until(count)
+            assert told == ["thinking", "", "attentive", "listening", "thinking"]
+            assert await ask("nod") == "ok" and told[-1] == "nod"
+            with pytest.raises(rtc.RpcError, match="no such gesture"):
+                await ask("jump")
+            await guest.local_participant.set_attributes({POSE: "listening"})
+            await asyncio.sleep(0.3)
+            assert told[-1] == "nod", "whoever else is there is no agent"

@@ -54,6 +54,10 @@ def test_short_and_long_forms_of_a_voice(tmp_path: Path) -> None:
         ("- a\n", r":1: a mapping of keys"),
         ("voice: []\n", r":1: voice: "),
         ("name: Not a name\n", r":1: name: "),
+        ("title: a\nidles:\n  calm: gone.mp4\n", r":3: idles.calm.portrait: gone.mp4 is not there"),
+        ("idles:\n  calm:\n    motion: 1\n", r":3: idles.calm.motion: unknown key"),
+        ("idles:\n  default: {}\n", r":1: idles: default is the name of the persona's own look"),
+        ("idles:\n  ../x: {}\n", r"idles"),
     ],
 )
 def test_mistakes_name_file_line_and_key(tmp_path: Path, text: str, said: str) -> None:
@@ -61,6 +65,26 @@ def test_mistakes_name_file_line_and_key(tmp_path: Path, text: str, said: str) -
     with pytest.raises(ConfigError, match=said) as caught:
         load_persona(file)
     assert str(file) in str(caught.value)
+
+
+def test_looks_differ_from_the_persona_in_what_they_say(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.mp4").touch()
+    persona = load_persona(
+        write(
+            tmp_path,
+            "portrait: a.png\nlandmarks: {jaw: []}\nengine_options: {seed: 3, motion: 1}\n"
+            "idles:\n  reading: b.mp4\n  calm: {engine_options: {motion: 0.2}}\n",
+        )
+    )
+    assert persona.look("default") is persona
+    reading, calm = persona.look("reading"), persona.look("calm")
+    assert reading.portrait == Path("b.mp4") and reading.landmarks is None
+    assert reading.engine_options == persona.engine_options
+    assert calm.portrait == Path("a.png") and calm.landmarks == {"jaw": []}
+    assert calm.engine_options == {"seed": 3, "motion": 0.2}
+    with pytest.raises(InputError, match="no idle 'dancing'; it has: default, reading, calm"):
+        persona.look("dancing")
 
 
 def test_unknown_names_and_unreadable_files(tmp_path: Path) -> None:

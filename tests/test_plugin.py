@@ -232,6 +232,26 @@ async def test_inside_a_job(livekit: LiveKitServer, connected: bool) -> None:
         await asyncio.gather(serving, return_exceptions=True)
 
 
+async def test_the_face_follows_the_conversation(livekit: LiveKitServer) -> None:
+    """Attentive while the user may speak, listening while they do, thinking while the answer is
+    made; and a gesture when the agent asks for one."""
+    name = new_room("poses")
+    async with local(livekit, name, "one two") as (session, avatar, _):
+        await avatar.wait_for_join(timeout=10)
+        stage = avatar._avatar.stage
+        told: list[str] = []
+        stage.pose, usual = (lambda pose: (told.append(pose), usual(pose))[1]), stage.pose
+        session._update_user_state("speaking")
+        session._update_user_state("listening")
+        await asyncio.wait_for(session.generate_reply(user_input="hello").wait_for_playout(), 20)
+        await asyncio.sleep(0.3)
+        assert told[0] == "listening" and told[-1] == "attentive"
+        assert "thinking" in told and "" in told
+        assert told.index("thinking") < told.index(""), "it thinks before it speaks"
+        with pytest.raises(VoipAvatarException, match="no gestures"):
+            await avatar.gesture("nod")
+
+
 async def test_interruptions_of_a_local_avatar(livekit: LiveKitServer) -> None:
     name = new_room("barge")
     async with local(livekit, name) as (session, avatar, room):

@@ -11,20 +11,26 @@ import numpy.typing as npt
 import pytest
 
 from voipavatar.config import Settings
+from voipavatar.engines import runtimes
 from voipavatar.engines.runtimes import (
     ArtefactKey,
     Artefacts,
     Golden,
+    Kind,
     OnnxRuntime,
+    TensorRt,
     batched,
     bucket,
+    check_archs,
     differences,
     filled,
     golden_gate,
 )
 from voipavatar.errors import ConfigError, EngineError
+from voipavatar.musetalk_build import prove
 
 from .contract import babble
+from .cuda_stand_in import Bench
 from .faces import save_face
 from .musetalk_parts import needs, small_recipe
 
@@ -182,6 +188,24 @@ def test_the_engine_draws_the_same_without_torch(built: tuple[Path, Artefacts]) 
         assert gap.max() <= 2 and (gap > 0).mean() < 0.01
 
 
+def test_a_build_belongs_to_the_weights_that_are_there(
+    built: tuple[Path, Artefacts], tmp_path: Path
+) -> None:
+    """Other weights in the models folder: the built networks are of another model."""
+    from voipavatar.engines.musetalk import built_networks
+    from voipavatar.engines.musetalk_nets import generate
+
+    folder, _ = built
+    _, recipe, settings = tiny(folder)
+    ready = built_networks(recipe, settings, "onnxruntime", "cpu", "fp32", folder / "models")
+    assert ready.random and ready.built
+    ready.close()
+    built_networks(recipe, settings, "onnxruntime", "cpu", "fp32", tmp_path).close()  # none there
+    generate(recipe, tmp_path / "other", seed=8)
+    with pytest.raises(ConfigError, match="built for weights .*voipavatar build"):
+        built_networks(recipe, settings, "onnxruntime", "cpu", "fp32", tmp_path / "other")
+
+
 def test_corrupted_weights_are_not_installed(built: tuple[Path, Artefacts]) -> None:
     """A bit here and there in one network, and the build stops; what was installed stays."""
     import torch
@@ -193,11 +217,11 @@ def test_corrupted_weights_are_not_installed(built: tuple[Path, Artefacts]) -> N
     chosen, recipe, settings = tiny(folder, runtime="onnxruntime")
 
     def damage(name: str, module: torch.nn.Module) -> None:
-        if name == "draw":
+        if name == "hear":  # the first of them: what comes after is not even exported
             with torch.no_grad():
                 next(iter(module.parameters())).view(-1)[0] += 3.0
 
-    with pytest.raises(EngineError, match=r"draw\.onnx is refused"):
+    with pytest.raises(EngineError, match=r"hear\.onnx is refused"):
         build(chosen, recipe, settings, quiet, weights=damage)
     assert {one.name: one.stat().st_mtime_ns for one in artefacts.folder.iterdir()} == before
     assert not artefacts.folder.with_name(artefacts.folder.name + ".new").exists()
@@ -241,6 +265,138 @@ def test_plans_are_built_without_a_gpu(tmp_path: Path) -> None:
     assert "proofs" not in artefacts.data  # a plan is proved where it runs, before it is seen
     with pytest.raises((ConfigError, EngineError), match="arch|pycuda|voipavatar build"):
         built_networks(recipe, settings, "tensorrt_rtx", "cuda:0", "fp16")
+
+
+# --- TensorRT on a device, against a stand-in for its driver --------------------------------------
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
+def device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[Bench, Kind, Path]:
+    (tmp_path / "net.plan").write_bytes(b"plan")
+    return Bench(monkeypatch, request.param), request.param, tmp_path / "net.plan"
+
+
+def test_a_plan_gives_its_own_answers_in_any_order_of_batches(
+    device: tuple[Bench, Kind, Path],
+) -> None:
+    bench, kind, plan = device
+    run = TensorRt(plan, kind)
+    assert (run.inputs, run.outputs) == (("x",), ("y", "rows"))
+    kept = []
+    for n in (1, 3, 3, 3, 3, 3, 16, 2, 2, 2, 2):
+        x = np.random.default_rng(n + len(kept)).random((n, 4), np.float32)
+        out = run({"x": x})
+        assert np.array_equal(out["y"], 2 * x + 1) and out["rows"].tolist() == [n] * n
+        kept.append((x, out["y"]))
+    for x, y in kept:  # nobody else's answer has come into it since
+        assert np.array_equal(y, 2 * x + 1)
+    if kind == "tensorrt":  # the third of a kind is recorded, and replayed until another comes
+        assert bench.graphs.launched == 3 + 2 and bench.graphs.graphs == 1
+    else:
+        assert bench.trt.strategy == "whole" and bench.graphs.launched == 0
+    run.close()
+    run.close()
+    driver = bench.driver
+    assert not driver.memory and not driver.contexts and driver.retained == 0
+    assert bench.graphs.graphs == 0
+
+
+def test_what_was_compiled_for_a_card_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = Bench(monkeypatch, "tensorrt_rtx")
+    (tmp_path / "net.plan").write_bytes(b"plan")
+    TensorRt(tmp_path / "net.plan", "tensorrt_rtx").close()
+    assert bench.trt.compiled == []
+    TensorRt(tmp_path / "net.plan", "tensorrt_rtx").close()
+    assert bench.trt.compiled == [b"compiled"]
+
+
+def test_a_device_that_cant_record_still_computes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(monkeypatch, "tensorrt")
+    bench.graphs.refuse = True
+    (tmp_path / "net.plan").write_bytes(b"plan")
+    run = TensorRt(tmp_path / "net.plan", "tensorrt")
+    x = np.ones((2, 4), np.float32)
+    for _ in range(5):
+        assert np.array_equal(run({"x": x})["y"], 2 * x + 1)
+    assert caplog.text.count("no CUDA graph") == 1 and bench.graphs.launched == 0
+    run.close()
+
+
+def test_a_plan_that_fails_frees_what_it_took(device: tuple[Bench, Kind, Path]) -> None:
+    bench, kind, plan = device
+    plan.write_bytes(b"of another card")
+    with pytest.raises(EngineError, match=r"compute 9\.0.*voipavatar build"):
+        TensorRt(plan, kind)
+    assert not bench.driver.memory and not bench.driver.contexts and bench.driver.retained == 0
+    plan.write_bytes(b"plan")
+    run = TensorRt(plan, kind)
+    with pytest.raises(EngineError, match="a batch of 17"):
+        run({"x": np.zeros((17, 4), np.float32)})
+    bench.trt.fail = True
+    with pytest.raises(EngineError, match="failed to run"):
+        run({"x": np.zeros((1, 4), np.float32)})
+    bench.trt.fail = False
+    x = np.ones((3, 4), np.float32)
+    assert np.array_equal(run({"x": x})["y"], 2 * x + 1)
+    assert not bench.driver.contexts  # each call left as it came
+    run.close()
+
+
+def test_a_corrupted_plan_is_refused_on_its_device_before_it_draws(
+    device: tuple[Bench, Kind, Path],
+) -> None:
+    """The golden gate on a plan as it runs, and its proof as it is remembered."""
+    bench, kind, plan = device
+    x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+    wants = {"out_y": 2 * x + 1, "out_rows": np.full(2, 2, np.uint8)}
+    np.savez(plan.with_name("net.golden.npz"), in_x=x, **wants)
+    artefacts = Artefacts(plan.parent)
+    prove(artefacts, "net", kind, "fp16", "8.9")
+    assert artefacts.is_proved("net", "8.9") and not artefacts.is_proved("net", "9.0")
+    np.savez(plan.with_name("net.golden.npz"), in_x=x, **(wants | {"out_y": 3 * x + 1}))
+    with pytest.raises(EngineError, match=r"net\.plan is refused"):
+        prove(artefacts, "net", kind, "fp16", "9.0")
+    assert not artefacts.is_proved("net", "9.0") and bench.driver.retained == 0
+
+
+def test_what_cant_be_built_here_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("tensorrt_rtx_bindings")
+    monkeypatch.setattr(runtimes, "device_arch", lambda device="": "none")
+    assert check_archs("onnxruntime", ()) == ("any",)
+    assert check_archs("tensorrt_rtx", ("8.9", "12.0", "8.9")) == ("8.9", "12.0")
+    with pytest.raises(ConfigError, match=r"no architecture 9\.9: it has 7\.5, .*12\.0"):
+        check_archs("tensorrt_rtx", ("8.9", "9.9"))
+    with pytest.raises(ConfigError, match="say which with --arch"):
+        check_archs("tensorrt_rtx", ())
+    with pytest.raises(ConfigError, match="leave --arch out"):
+        check_archs("onnxruntime", ("8.9",))
+
+
+def test_onnxruntime_never_takes_the_cpu_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Artefacts]
+) -> None:
+    """Its build has CUDA, but the machine's libraries don't fit: it goes on, very slowly."""
+    import onnxruntime
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    path = built[1].folder / "imagine.onnx"
+    real = onnxruntime.InferenceSession
+
+    def without(path: str, options: Any, providers: list[Any]) -> Any:
+        assert providers[0] == ("CUDAExecutionProvider", {"device_id": 1})
+        return real(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without)
+    with pytest.raises(ConfigError, match="can't use CUDA here"):
+        OnnxRuntime(path, "cuda:1")
 
 
 def test_what_is_not_built_says_what_builds_it(tmp_path: Path) -> None:

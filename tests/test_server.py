@@ -418,6 +418,35 @@ async def test_another_face_on_air(client: httpx.AsyncClient, studio: FakeStudio
     problem(await client.post(f"/sessions/{id}/persona", json={"persona": "nobody"}), 404)
 
 
+async def test_poses_and_gestures(client: httpx.AsyncClient, studio: FakeStudio) -> None:
+    id = await opened(client)
+    for path, body in (
+        ("pose", {"pose": "listening"}),
+        ("gesture", {"gesture": "nod"}),
+        ("pose", {"pose": ""}),
+    ):
+        answer = await client.post(f"/sessions/{id}/{path}", json=body)
+        assert answer.status_code == 204
+    assert studio.sessions[id].posed == ["listening", "nod", ""]
+    assert "pose 'x'" in problem(await client.post(f"/sessions/{id}/pose", json={"pose": "x"}), 422)
+    problem(await client.post(f"/sessions/{id}/gesture", json={"gesture": "x"}), 422)
+    problem(await client.post(f"/sessions/{id}/gesture", json={"nod": 1}), 422)
+    problem(await client.post("/sessions/nobody/pose", json={"pose": ""}), 404)
+
+
+async def test_another_look_on_air(
+    client: httpx.AsyncClient, studio: FakeStudio, personas: list[Persona]
+) -> None:
+    looks = {"reading": {"engine_options": {"motion": 0.2}}}
+    personas[0] = Persona.model_validate(personas[0].model_dump() | {"idles": looks})
+    assert (await client.get("/personas")).json()[0]["idles"] == ["default", "reading"]
+    id = await opened(client)
+    answer = await client.post(f"/sessions/{id}/idle", json={"idle": "reading"})
+    assert answer.status_code == 204 and studio.opened[-1].idle == "reading"
+    wrong = await client.post(f"/sessions/{id}/idle", json={"idle": "dancing"})
+    assert "default, reading" in problem(wrong, 422)
+
+
 async def test_a_participant_can_be_followed(client: httpx.AsyncClient, studio: FakeStudio) -> None:
     answer = await client.post("/sessions", json={"follow": "caller"})
     assert answer.status_code == 201

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from livekit.agents import tts
 
-from voipavatar.config import Settings, VoiceChoice
+from voipavatar.config import Settings, VoiceChoice, list_personas
 from voipavatar.errors import ConfigError, InputError
 from voipavatar.media import Cue, Int16
 from voipavatar.speech import Chunk, make_voice, speak, voices
@@ -210,6 +210,28 @@ def test_unknown_voice(settings: Settings) -> None:
         make_voice([VoiceChoice(use="espeak", options={"voice": "xx-nowhere"})], settings)
     with pytest.raises(ConfigError, match=r"there is no .*missing\.onnx"):
         make_voice([VoiceChoice(use="piper", options={"model": "missing.onnx"})], settings)
+
+
+@pytest.mark.parametrize("name", ["en-gb", "en-GB", "en_gb", "en-gb+f3", "en+f3", "fr-fr", "es-mx"])
+async def test_espeak_is_asked_by_language(name: str, settings: Settings) -> None:
+    """A file of another name may speak it."""
+    voice = make_voice([VoiceChoice(use="espeak", options={"voice": name})], settings)
+    pcm, rate, _ = await _said(speak(voice, "Bonjour, hello."))
+    assert len(pcm) > rate / 2
+    await voice.aclose()
+
+
+async def test_every_stand_in_of_the_built_in_personas_is_there(settings: Settings) -> None:
+    """They stand in when the online ones are down: nobody would notice before that."""
+    offline = [
+        (persona.name, choice)
+        for persona in list_personas()
+        for choice in persona.voice
+        if choice.use == "espeak"
+    ]
+    assert {name for name, _ in offline} >= {"default", "clara", "amara", "nora"}
+    for _, choice in offline:
+        await make_voice([choice], settings).aclose()
 
 
 def test_what_is_there(settings: Settings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -13,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
-from voipavatar.config import Settings, VoiceChoice
+from voipavatar.config import Persona, Settings, VoiceChoice
 from voipavatar.errors import TransportError
 from voipavatar.media import Cue, Int16
 from voipavatar.speech import Chain, Chunk, EspeakTTS, make_voice, speak
@@ -23,6 +25,7 @@ from voipavatar.speech.chain import Link
 from . import standins
 from .standins import Behaviour
 
+DOCS = Path(__file__).parent.parent / "docs"
 TEXT = "Hello there, my friends. This is the second sentence, and it is a little longer. The end."
 WORDS = TEXT.split()
 
@@ -93,25 +96,53 @@ def _served(task: asyncio.Task[Any]) -> bool:
 # --- providers ------------------------------------------------------------------------------------
 
 
+def documented() -> dict[str, list[VoiceChoice]]:
+    """The voices of docs/voices.md, by what they use: every YAML there is one that works."""
+    found: dict[str, list[VoiceChoice]] = {}
+    for block in re.findall(r"```yaml\n(.*?)```", (DOCS / "voices.md").read_text(), re.S):
+        for part in re.split(r"\n\n(?=voice:)", block):  # one block may show two ways
+            data = yaml.safe_load(part)
+            if "voice" in data:
+                for one in Persona.model_validate({"name": "doc", **data}).voice:
+                    found.setdefault(one.use, []).append(one)
+    return found
+
+
 def provider(name: str, url: str, **options: Any) -> VoiceChoice:
-    own: dict[str, dict[str, Any]] = {
-        "openai": {"base_url": url, "api_key": "${KEY}", "model": "tts-1", "voice": "alloy"},
-        "azure": {"speech_endpoint": url, "speech_key": "${KEY}", "voice": "en-US-JennyNeural"},
-        "elevenlabs": {
-            "base_url": url,
-            "api_key": "${KEY}",
-            "voice_id": "abc",
-            "encoding": "pcm_24000",
-            "voice_settings": {"stability": 0.5, "similarity_boost": 0.7},
-        },
-        "cartesia": {"base_url": url, "api_key": "${KEY}", "voice": "abc"},
-    }
-    return VoiceChoice(use=name, options={**own[name], "cache": False, **options})
+    """As documented, at the stand-in's address."""
+    [*_, choice] = [one for one in documented()[name] if "base_url" not in one.options]
+    own = dict(choice.options)
+    own.pop("speech_region", None)  # where Azure's address is made of
+    address = "speech_endpoint" if name == "azure" else "base_url"
+    return VoiceChoice(use=name, options={**own, address: url, "cache": False, **options})
+
+
+async def test_every_yaml_of_the_documents_makes_a_voice(settings: Settings) -> None:
+    """Online ones too: their options are theirs, and are refused where they aren't."""
+    found = documented()
+    assert {
+        "piper",
+        "espeak",
+        "edge",
+        "elevenlabs",
+        "cartesia",
+        "google",
+        "azure",
+        "openai",
+    } <= set(found)
+    for name, choices in found.items():
+        for choice in choices:
+            if name == "google" or "model" in choice.options and name == "piper":
+                continue  # wants a key's file; wants a voice's file
+            async with made(settings, choice):
+                pass
 
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KEY", "a-secret-key")
+    for name in ("ELEVEN", "CARTESIA", "OPENAI"):
+        monkeypatch.setenv(f"{name}_API_KEY", "a-secret-key")
+    monkeypatch.setenv("AZURE_SPEECH_KEY", "a-secret-key")
 
 
 @pytest.mark.parametrize("name", ["openai", "azure", "elevenlabs", "cartesia"])
@@ -133,7 +164,7 @@ async def test_provider(name: str, settings: Settings) -> None:
         level = np.abs(heard.pcm[round(heard.cues[-1].start * heard.rate) :]).mean()
         assert level > 300
     if name == "elevenlabs":
-        assert behaviour.requests[0]["voice"] == "abc"
+        assert behaviour.requests[0]["voice"] == "bIHbv24MWmeRgasZH58o"
         assert behaviour.connections == 1  # one line for all sentences
 
 
@@ -142,7 +173,10 @@ async def test_servers_that_speak_openai(form: str, settings: Settings) -> None:
     pytest.importorskip("livekit.plugins.openai")
     behaviour = Behaviour()
     async with standins.openai(behaviour, form) as url:
-        choice = provider("openai", url, response_format="pcm" if form in ("sse", "pcm") else form)
+        [local] = [one for one in documented()["openai"] if "base_url" in one.options]
+        asked = "pcm" if form in ("sse", "pcm") else form
+        more = {"base_url": url, "response_format": asked, "cache": False}
+        choice = VoiceChoice(use="openai", options={**local.options, **more})
         async with made(settings, choice) as voice:
             heard = await hear(speak(voice, "Hello there, my friends."))
     assert heard.rate == 24_000

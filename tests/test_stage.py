@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from voipavatar.engines import Job
-from voipavatar.errors import InputError, StageError
+from voipavatar.errors import EngineError, InputError, StageError
 from voipavatar.media import Audio, Begin, Cancel, Cue, End, Frame, Mode, Speech, slice_start
 from voipavatar.stage import MOVES, Options, State, Turn, move
 
@@ -574,3 +574,63 @@ async def test_a_swap_wants_the_same_size_and_rate() -> None:
     player.stage.close()
     with pytest.raises(StageError, match="closed"):
         player.stage.swap(FakeSession(25), player.submit)
+
+
+# --- how the face is held -------------------------------------------------------------------------
+
+
+class Posing(FakeSession):
+    """An engine that remembers what it was asked for, by its clock."""
+
+    def __init__(self, fps: int = 25) -> None:
+        super().__init__(fps)
+        self.posed: list[str] = []
+
+    def pose(self, name: str) -> None:
+        self.posed.append(name)
+
+    def gesture(self, name: str) -> None:
+        if name != "nod":
+            raise EngineError(f"there is no gesture {name!r}")
+        self.posed.append(name)
+
+
+async def test_the_state_poses_the_face() -> None:
+    """Thinking while a turn is on its way; what was asked for as soon as it was said."""
+    player = Player()
+    engine = player.stage.engine = Posing()
+    await player.tick(3)
+    player.stage.pose("listening")
+    player.stage.pose("listening")
+    await player.tick(3)
+    assert engine.posed == ["listening"]
+    number = player.stage.begin(player.owner)
+    await player.tick(3)
+    assert engine.posed == ["listening", "thinking"]
+    player.stage.push(number, tone(0.4, 16_000), 16_000)
+    player.stage.end(number)
+    await player.tick(40)
+    assert engine.posed == ["listening", "thinking", "listening"]
+    player.stage.pose("thinking")
+    player.say(0.4)
+    await player.tick(40)
+    assert engine.posed == ["listening", "thinking", "listening", "thinking", ""]
+    player.stage.gesture("nod")
+    assert engine.posed[-1] == "nod"
+    other = Posing()
+    player.stage.pose("attentive")
+    player.stage.swap(other, player.submit)
+    assert other.posed == ["attentive"]
+
+
+async def test_poses_and_gestures_that_are_not_there() -> None:
+    player = Player()
+    with pytest.raises(InputError, match="'asleep'.*'listening'"):
+        player.stage.pose("asleep")
+    player.stage.pose("listening")  # an engine without poses goes on as it is
+    await player.tick(3)
+    with pytest.raises(InputError, match="no gestures"):
+        player.stage.gesture("nod")
+    player.stage.engine = Posing()
+    with pytest.raises(InputError, match="somersault"):
+        player.stage.gesture("somersault")

@@ -16,10 +16,10 @@ import pytest
 
 from voipavatar.engines import Avatar, Job
 from voipavatar.engines.articulation import JAW, PARAMETERS, Articulator
+from voipavatar.engines.life import Life
 from voipavatar.engines.puppet import Pose, Puppet, mouth_weights
 from voipavatar.engines.rig import HEAD, MOUTH, Landmarks, build, parse_landmarks
 from voipavatar.engines.viseme import (
-    Life,
     VisemeEngine,
     VisemeSession,
     bench,

@@ -37,6 +37,13 @@ PERSONA = "voipavatar.persona"
 """Beyond the protocol: become another persona on air; the payload is its name."""
 LEAVE = "voipavatar.leave"
 """Beyond the protocol: leave the room by yourself; "ok" once it is about to."""
+GESTURE = "voipavatar.gesture"
+"""Beyond the protocol: make a gesture; the payload is its name."""
+POSE = "voipavatar.pose"
+"""Beyond the protocol: an attribute of the agent: the pose that it wants while it is silent."""
+AGENT_STATE = "lk.agent.state"
+"""LiveKit's own attribute, which stands in where the agent sets no pose."""
+_POSES = {"listening": "attentive", "thinking": "thinking"}
 ALIVE = "voipavatar.alive"
 """Beyond the protocol: answers "ok" for as long as the avatar's loop runs."""
 DISPATCH = "voipavatar.dispatch"
@@ -44,7 +51,7 @@ DISPATCH = "voipavatar.dispatch"
 JSON: `request` as in the dispatch, `state` (taken, refused or failed) and `reason`."""
 ON_BEHALF = "lk.publish_on_behalf"
 NOISE = ("lk.transcription", "lk.agent.events", "lk.agent.session", "lk.chat")
-"""Text topics that are sent to everybody; an avatar takes note of none of them."""
+"""Topics of streams that are sent to everybody; an avatar takes note of none of them."""
 
 IDLE = 10.0
 """Seconds without a chunk, all of it played, after which a segment's end counts as lost."""
@@ -73,6 +80,10 @@ class Turn(Protocol):
     @property
     def finished(self) -> asyncio.Future[Any]:
         """Resolves to a `Played`."""
+
+    @property
+    def heard(self) -> float:
+        """Seconds of it that have left by now, at most."""
 
     @property
     def backlog(self) -> float:
@@ -149,6 +160,8 @@ class AgentStream:
         on_agent: Callable[[str], None] | None = None,
         on_persona: Callable[[str], Awaitable[None]] | None = None,
         on_leave: Callable[[], Awaitable[None]] | None = None,
+        on_pose: Callable[[str], None] | None = None,
+        on_gesture: Callable[[str], None] | None = None,
         idle: float = IDLE,
     ) -> None:
         self.agent = agent
@@ -162,6 +175,9 @@ class AgentStream:
         self._on_agent = on_agent
         self._on_persona = on_persona
         self._on_leave = on_leave
+        self._on_pose = on_pose
+        self._on_gesture = on_gesture
+        self._pose = ""
         self._idle = idle
         self._room: rtc.Room | None = None
         self._gone: set[str] = set()  # who was here and left
@@ -182,9 +198,9 @@ class AgentStream:
         room.register_byte_stream_handler(AUDIO_TOPIC, self._opened)
         room.on("participant_disconnected", self._left)
         room.on("participant_connected", self._came)
+        room.on("participant_attributes_changed", self._changed)
         self._gone.clear()
-        for topic in NOISE:
-            room.register_text_stream_handler(topic, _ignore)
+        disregard(room)
 
     def entered(self, room: rtc.Room) -> None:
         self._room = room
@@ -194,6 +210,9 @@ class AgentStream:
             room.local_participant.register_rpc_method(PERSONA, self._persona)
         if self._on_leave is not None:
             room.local_participant.register_rpc_method(LEAVE, self._leave)
+        if self._on_gesture is not None:
+            room.local_participant.register_rpc_method(GESTURE, self._gesture)
+        self._posed()
         if self._reporting is None and not self._closed:
             self._reporting = asyncio.create_task(self._report(), name="agent-report")
 
@@ -240,6 +259,7 @@ class AgentStream:
             logger.info("another agent took over")
         if self._on_agent is not None:
             self._on_agent(identity)
+        self._posed()
         return True
 
     async def _introduced(self, identity: str) -> bool:
@@ -373,6 +393,37 @@ class AgentStream:
         if self._on_leave is not None:
             await self._on_leave()
 
+    async def _gesture(self, call: rtc.RpcInvocationData) -> str:
+        """The agent wants a nod, say."""
+        if call.caller_identity != self.agent and not await self._introduced(call.caller_identity):
+            raise rtc.RpcError(1403, "only the agent may ask for gestures")
+        assert self._on_gesture is not None
+        try:
+            self._on_gesture(call.payload)
+        except VoipAvatarError as error:
+            raise rtc.RpcError(1422, str(error)[:250]) from None
+        return "ok"
+
+    def _changed(self, changed: dict[str, str], participant: rtc.Participant) -> None:
+        if participant.identity == self.agent:
+            self._posed()
+
+    def _posed(self) -> None:
+        """Hold the face as the agent's attributes say."""
+        room = self._room
+        agent = room.remote_participants.get(self.agent) if room is not None else None
+        if agent is None or self._on_pose is None or self.open_turn is None:
+            return
+        said = agent.attributes
+        pose = said.get(POSE, _POSES.get(said.get(AGENT_STATE, ""), ""))
+        if pose == self._pose:
+            return
+        self._pose = pose
+        try:
+            self._on_pose(pose)
+        except VoipAvatarError as error:  # a newer agent may know poses that this avatar doesn't
+            logger.info("a pose was not taken", extra={"error": str(error)})
+
     async def _clear(self, call: rtc.RpcInvocationData) -> str:
         """Silence, now. Everything of this agent that is not over gets its report."""
         identity = call.caller_identity
@@ -479,8 +530,28 @@ class AgentStream:
 
     def _came(self, participant: rtc.RemoteParticipant) -> None:
         self._gone.discard(participant.identity)
+        self._posed()
 
 
-def _ignore(reader: rtc.TextStreamReader, identity: str) -> None:
+def disregard(room: rtc.Room) -> None:
     """What is not for an avatar must be let go of all the same."""
-    reader.close()
+
+    def ignore(reader: Any, identity: str) -> None:
+        reader.close()
+
+    for topic in NOISE:
+        room.register_text_stream_handler(topic, ignore)
+        room.register_byte_stream_handler(topic, ignore)
+
+
+class Mute:
+    """A guest that neither hears nor answers: of an avatar whose agent is in the same process."""
+
+    subscribes = False
+
+    def entering(self, room: rtc.Room) -> None:
+        disregard(room)
+
+    def entered(self, room: rtc.Room) -> None: ...
+
+    def left(self) -> None: ...

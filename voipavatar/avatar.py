@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -201,6 +202,18 @@ def file_digest(path: Path) -> str:
     return done.hexdigest()
 
 
+def known_digest(path: Path) -> str:
+    """The same, computed once as long as neither size nor time of the file changes: a clip's
+    pictures are gigabytes, and every session asks whether they are whole."""
+    stat = path.stat()
+    return _digest_at(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_at(path: str, size: int, changed: int) -> str:
+    return file_digest(Path(path))
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Have `write` make a neighbour of `path`, then put it in its place at once."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -252,7 +265,7 @@ def locked(folder: Path) -> Iterator[None]:
 def seal(folder: Path, data: Mapping[str, Any]) -> None:
     """Write the manifest, with size and hash of every file there is. The folder is whole now."""
     files = {
-        one.name: {"bytes": one.stat().st_size, "sha256": file_digest(one)}
+        one.name: {"bytes": one.stat().st_size, "sha256": known_digest(one)}
         for one in sorted(folder.iterdir())
         if one.is_file() and one.name != MANIFEST and not one.name.startswith(".")
     }
@@ -272,7 +285,7 @@ def whole(folder: Path, key: str, hashes: bool = True) -> dict[str, Any] | None:
             return None
         if path.stat().st_size != said.get("bytes"):
             return None
-        if hashes and file_digest(path) != said.get("sha256"):
+        if hashes and known_digest(path) != said.get("sha256"):
             return None
     return manifest
 

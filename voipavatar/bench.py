@@ -11,13 +11,14 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .config import Persona, Settings, load_persona
 from .engines import Spec
-from .errors import VoipAvatarError
+from .errors import ConfigError, VoipAvatarError
 from .livekit_server import LiveKitServer
 from .media import FRAME_RATE, Frame, Int16
 from .room import RoomOptions
@@ -341,15 +342,32 @@ class _Server:
 
 
 async def engine(
-    settings: Settings, *, persona: str = "default", seconds: float = 10.0, tell: Tell = _quiet
+    settings: Settings,
+    *,
+    persona: str = "default",
+    portrait: Path | None = None,
+    size: tuple[int, int] | None = None,
+    seconds: float = 10.0,
+    tell: Tell = _quiet,
 ) -> Mapping[str, Any]:
     """Milliseconds a picture, idle and talking, and how many sessions one core would carry.
 
-    On a CPU it is the drawing thread's processor time, which a busy machine doesn't change.
+    A `portrait`, picture or clip, stands in for a persona's; `size` for its width and height. On a
+    CPU it is the drawing thread's processor time, which a busy machine doesn't change.
     """
-    found: dict[str, Any] = machine() | {"persona": persona}
+    found: dict[str, Any] = machine() | {"persona": portrait.name if portrait else persona}
     async with Studio(settings) as studio:
-        who = load_persona(persona, settings)
+        if portrait is not None:
+            who = Persona(name="portrait", portrait=portrait.resolve())
+        else:
+            who = load_persona(persona, settings)
+        if size is not None:
+            shape = {"width": size[0], "height": size[1]}
+            try:
+                who = Persona.model_validate(who.model_dump() | shape)
+            except ValueError as error:
+                raise ConfigError(f"a picture can't be {size[0]}x{size[1]}: {error}") from None
+        tell("preparing")
         avatar = await studio.prepare(who)
         renderer = await studio.renderer(who.engine)
 

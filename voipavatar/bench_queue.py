@@ -239,7 +239,7 @@ async def _endure(
     process = psutil.Process()
     sizes: list[float] = []
     taken: list[str] = []
-    refused, deepest = 0, 0
+    refused, unsure, deepest = 0, 0, 0
     # In real time half as much again as can be spoken: the queue fills up, and says so.
     sound = _sound(0.75 if real else 0.9)
     mouths: list[_Mouth] = []
@@ -273,6 +273,10 @@ async def _endure(
             try:
                 await bench.send({"type": "audio", "data": sound, "message_id": id})
                 taken.append(id)
+            except asyncio.TimeoutError:
+                # Nobody knows whether the broker has it: the same id again is the way to be sure.
+                unsure += 1
+                continue
             except DeliveryError:  # the queue is full: the producer is told, and waits
                 refused += 1
                 if faked:
@@ -295,6 +299,7 @@ async def _endure(
         found = {
             "sent": len(taken),
             "refused": refused,
+            "sent_again": unsure,
             "finished": outcomes.count("finished"),
             "lost": len(taken) - len(outcomes),
             "said_twice": mouths[0].turns - len(set(bench.begun)) + outcomes.count("twice"),

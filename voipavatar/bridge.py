@@ -125,6 +125,7 @@ class FarTurn:
         self._sent = 0.0  # seconds that were pushed here,
         self._arrived = 0.0  # and that have come there
         self._waiting = 0.0  # seconds of those not shown yet, when it was last looked
+        self._heard = 0.0
         self._there(self._open)
 
     @property
@@ -132,6 +133,12 @@ class FarTurn:
         """Seconds not shown yet, as of a moment ago."""
         self._there(self._look)
         return self._sent - self._arrived + self._waiting
+
+    @property
+    def heard(self) -> float:
+        """Seconds put into frames, as of a moment ago."""
+        self._there(self._look)
+        return self._heard
 
     def push(self, pcm: Int16, rate: int) -> None:
         self._sent += len(pcm) / rate
@@ -176,7 +183,7 @@ class FarTurn:
 
     def _look(self) -> None:
         if self._turn is not None:
-            self._waiting = self._turn.backlog
+            self._waiting, self._heard = self._turn.backlog, self._turn.heard
 
     # -- back here ---------------------------------------------------------------------------------
 

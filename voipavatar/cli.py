@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -74,6 +76,7 @@ class _Group(click.Group):
         ("voipavatar", "models"): "models",
         ("voipavatar", "build"): "build",
         ("bench", "musetalk"): "bench_musetalk",
+        ("bench", "blend"): "bench_blend",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -568,6 +571,9 @@ async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> di
 
         async with Studio(settings) as studio:
             avatar = await studio.prepare(who, progress)
+            for name in who.idles:
+                tell(f"preparing {who.name}: {name}")
+                await studio.prepare(who.look(name))
         advice: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             manifest = json.loads((avatar.path / "manifest.json").read_text("utf-8"))
@@ -590,7 +596,7 @@ async def _preparing(settings: Settings, who: Persona, sheet: Path | None) -> di
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def personas(context: click.Context, as_json: bool) -> None:
-    """List the personas. `personas new` makes one from a picture."""
+    """List the personas. `personas new` makes one from a picture or a clip."""
     if context.invoked_subcommand is not None:
         return
     found = list_personas(context.obj)
@@ -637,7 +643,7 @@ def schema() -> None:
     "picture",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     required=True,
-    help="The portrait; it stays where it is.",
+    help="The portrait, a picture or a clip; it stays where it is.",
 )
 @click.option("--name", help="How it is asked for; the picture's name otherwise.")
 @click.option("--title", default="", help="How people call it.")
@@ -662,7 +668,7 @@ def personas_new(
     force: bool,
     sheet: Path | None,
 ) -> int:
-    """Make a persona from a picture: writes its YAML beside it, and prepares it."""
+    """Make a persona from a picture or a clip: writes its YAML beside it, and prepares it."""
     from .newpersona import persona_name, persona_text, write_persona
 
     called = name or persona_name(picture)
@@ -865,20 +871,37 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
 )
 @click.option("--engine", "name", help="musetalk: its own measurement, with options of its own.")
 @click.option("--persona", default="default", show_default=True)
+@click.option(
+    "--portrait",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A picture or a clip, in place of a persona.",
+)
+@click.option("--size", help="WIDTHxHEIGHT of the picture, as 1920x1080; the persona's own.")
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def bench_engine(
-    context: click.Context, name: str | None, persona: str, seconds: float, as_json: bool
+    context: click.Context,
+    name: str | None,
+    persona: str,
+    portrait: Path | None,
+    size: str | None,
+    seconds: float,
+    as_json: bool,
 ) -> int:
-    """Pictures a second that a persona's engine makes here.
+    """Milliseconds a picture of a persona's engine takes here, and sessions a core.
 
     With `--engine musetalk` it is `bench musetalk`, which has more options (--runtime, --recipe).
     """
     if name == "musetalk":
         from .musetalk_cli import bench_musetalk
 
-        args = [*context.args, *(["--json"] if as_json else [])]
+        said = {
+            key: ["--" + key, str(context.params[key])]
+            for key in ("persona", "seconds")
+            if context.get_parameter_source(key) is not ParameterSource.DEFAULT
+        }
+        args = [*context.args, *itertools.chain(*said.values()), *["--json"] * as_json]
         code = bench_musetalk.main(
             args, prog_name="voipavatar bench musetalk", standalone_mode=False, obj=context.obj
         )
@@ -886,7 +909,19 @@ def bench_engine(
     if context.args:
         raise click.UsageError(f"No such option: {context.args[0]}")
     chosen = name if name not in (None, "viseme") else persona
-    return _bench("engine", context.obj, as_json, persona=chosen, seconds=seconds)
+    return _bench(
+        "engine", context.obj, as_json, persona=chosen, portrait=portrait, size=_size(size),
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, by, height = text.lower().partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter("give WIDTHxHEIGHT, as 1920x1080", param_hint="--size")
+    return int(width), int(height)
 
 
 @bench.command("broadcast")
@@ -913,34 +948,51 @@ def bench_broadcast(settings: Settings, minutes: float) -> int:
     "portraits",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A further picture; once or more.",
+    help="A further picture or clip; once or more.",
 )
 @click.option("--persona", "names", multiple=True, help="Only these of the personas.")
-@click.option("--voice", default="piper", show_default=True, help="One that tells phonemes.")
+@click.option(
+    "--voice",
+    "voices",
+    multiple=True,
+    help="piper, espeak, flite or flite:slt; once or more (all three).",
+)
+@click.option("--short", is_flag=True, help="Two sentences: a quick look, with few closures.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
 def bench_face(
     settings: Settings,
     portraits: tuple[Path, ...],
     names: tuple[str, ...],
-    voice: str,
+    voices: tuple[str, ...],
+    short: bool,
     as_json: bool,
 ) -> int:
-    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness."""
-    from .facebench import face, table
+    """How well faces speak, measured on the pictures: lips at p, b and m, timing, stillness.
+
+    Ends with status 1 if a row is not within the limits that are printed under the table.
+    """
+    from .facebench import SHORT, TEXT, VOICES, face, passed, report, table
 
     async def measuring() -> list[dict[str, Any]]:
         with _steps() as tell:
-            return await face(settings, portraits=portraits, personas=names, voice=voice, tell=tell)
+            return await face(
+                settings,
+                portraits=portraits,
+                personas=names,
+                voices=voices or VOICES,
+                text=SHORT if short else TEXT,
+                tell=tell,
+            )
 
     rows = _run(measuring())
     if rows is None:
         return INTERRUPTED
     if as_json:
-        _print_json(rows)
+        _print_json(report(rows))
     else:
         print(table(rows))
-    return 0
+    return 0 if passed(rows) else 1
 
 
 @bench.command("queue")

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 from urllib.parse import quote
 
 import yaml
@@ -385,10 +385,49 @@ class AgentSection(_Strict):
 # --- the persona ----------------------------------------------------------------------------------
 
 
+class Sized(Protocol):
+    """What has the size and rate of a picture."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def fps(self) -> int: ...
+
+
+class Look(_Strict):
+    """How a persona looks while it is told to: what differs from the persona's own."""
+
+    portrait: Path | None = Field(default=None, description="as the persona's")
+    landmarks: dict[str, Any] | Path | None = Field(
+        default=None, description="as the persona's; belongs to the portrait of this entry"
+    )
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict, description="these win over the persona's own, key by key"
+    )
+
+
+def _looks(value: Any) -> Any:
+    """`{reading: reading.mp4}` is short for `{reading: {portrait: reading.mp4}}`."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: {"portrait": look} if isinstance(look, (str, Path)) else look
+        for name, look in value.items()
+    }
+
+
+NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+LookName = Annotated[str, Field(pattern=NAME)]
+OWN = "default"
+"""The name of a persona's own look."""
+
+
 class Persona(_Strict):
     """Who the avatar is."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="how it is asked for")
+    name: str = Field(pattern=NAME, description="how it is asked for")
     title: str = Field(default="", max_length=80, description="how people call it")
     description: str = Field(default="", max_length=500)
     engine: str = Field(default="viseme", description="viseme, musetalk, clapper, ...")
@@ -415,6 +454,11 @@ class Persona(_Strict):
         max_length=200,
         description="a RabbitMQ queue that `voipavatar serve` lets this persona speak from",
     )
+    idles: Annotated[dict[LookName, Look], BeforeValidator(_looks)] = Field(
+        default_factory=dict,
+        description="other looks by name, that it takes on air when it is told to: a picture or "
+        "clip, or engine options; default is its own",
+    )
     outputs: tuple[dict[str, Any], ...] = Field(
         default=(),
         description="where it broadcasts to from the start: what POST /sessions/{id}/outputs "
@@ -433,6 +477,33 @@ class Persona(_Strict):
             return check_fps(value)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("idles")
+    @classmethod
+    def _own_is_taken(cls, value: dict[str, Look]) -> dict[str, Look]:
+        if OWN in value:
+            raise ValueError(f"{OWN} is the name of the persona's own look: call it otherwise")
+        return value
+
+    def look(self, name: str) -> Persona:
+        """The persona as it looks under that name. InputError when there is none so called."""
+        if name == OWN:
+            return self
+        found = self.idles.get(name)
+        if found is None:
+            raise InputError(
+                f"persona {self.name!r} has no idle {name[:64]!r}; it has: "
+                f"{', '.join((OWN, *self.idles))}"
+            )
+        changed: dict[str, Any] = {"engine_options": self.engine_options | found.engine_options}
+        if found.portrait is not None:
+            # Where a face is in one picture says nothing of another.
+            changed |= {"portrait": found.portrait, "landmarks": found.landmarks}
+        return self.model_copy(update=changed)
+
+    def sized(self, like: Sized) -> Persona:
+        """The persona at another's size and rate: what a session keeps for life."""
+        return self.model_copy(update={"width": like.width, "height": like.height, "fps": like.fps})
 
     def beside(self, path: Path) -> Path:
         """`path` as seen from the persona's file."""
@@ -464,7 +535,11 @@ class Persona(_Strict):
         options: dict[str, Any] = {"width": self.width, "height": self.height, "fps": self.fps}
         if self.landmarks is not None:
             options["landmarks"] = self._landmarks()
-        return options | self.engine_options
+        options |= self.engine_options
+        behind = options.get("background")
+        if isinstance(behind, str) and self.beside(Path(behind)).is_file():
+            options["background"] = str(self.beside(Path(behind)))
+        return options
 
     def _landmarks(self) -> dict[str, Any]:
         if not isinstance(self.landmarks, Path):
@@ -483,6 +558,9 @@ def persona_schema() -> dict[str, Any]:
     schema["properties"].pop("path", None)
     choice = {"$ref": "#/$defs/VoiceChoice"}
     one = {"anyOf": [{"type": "string"}, choice]}
+    schema["$defs"]["Look"] = {
+        "anyOf": [{"type": "string", "description": "a portrait"}, schema["$defs"]["Look"]]
+    }
     voice = schema["properties"]["voice"]
     schema["properties"]["voice"] = {
         "description": voice.get("description", ""),
@@ -570,13 +648,17 @@ def _load(file: Path) -> Persona:
         persona = Persona.model_validate({**data, "path": file.resolve()})
     except ValidationError as error:
         raise ConfigError("\n".join(_told(file, lines, one) for one in error.errors())) from None
-    for key in ("portrait", "landmarks"):
-        path = getattr(persona, key)
-        if isinstance(path, Path) and not persona.beside(path).is_file():
-            raise ConfigError(
-                f"{file}:{lines.get((key,), 1)}: {key}: {path} is not there; the path is taken "
-                "from the persona's file"
-            )
+    places: list[tuple[tuple[str, ...], Any]] = [((), persona)]
+    places += [(("idles", name), look) for name, look in persona.idles.items()]
+    for where, holder in places:
+        for last in ("portrait", "landmarks"):
+            path, key = getattr(holder, last), (*where, last)
+            if isinstance(path, Path) and not persona.beside(path).is_file():
+                line = lines.get(key) or lines.get(where, 1)
+                raise ConfigError(
+                    f"{file}:{line}: {'.'.join(key)}: {path} is not there; the path is taken "
+                    "from the persona's file"
+                )
     return persona
 
 
@@ -601,8 +683,9 @@ def _known(key: tuple[str | int, ...]) -> list[str]:
     """Names of the keys that may stand at a place."""
     model: Any = Persona
     for part in key:
-        if isinstance(part, str):
-            model = _model_in(model.model_fields[part].annotation) if model else None
+        # What is no field is the key of a mapping whose values are of this model.
+        if model is not None and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation)
     return [name for name in model.model_fields if name != "path"] if model else []
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ import aiohttp
 from livekit import api, rtc
 from livekit.agents import Agent, AgentSession, AutoSubscribe, JobContext
 from livekit.agents.job import DEFAULT_PARTICIPANT_KINDS
-from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
+from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF, TOPIC_CHAT
+from livekit.agents.utils import is_given
 from livekit.agents.voice.room_io import RoomOptions
 
 from .bridge import FarSession, FarStudio, post
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 GREETING = 3.0
 """Seconds that the greeting waits for somebody to hear it, once somebody is there."""
+TYPED = 20
+"""Texts that may wait for being answered."""
 CLOSE = 10.0
 """Seconds that each part of a conversation may take to end."""
 
@@ -62,6 +66,9 @@ class Conversation:
         self._over = asyncio.Event()
         self._reason = "asked"
         self._busy: set[asyncio.Task[None]] = set()
+        self._linked = False
+        self._started = asyncio.Event()
+        self._room: rtc.Room | None = None
 
     def end(self, reason: str = "asked") -> None:
         """Say no more and leave. From any thread."""
@@ -79,31 +86,29 @@ class Conversation:
         Raises ConfigError when the agent can't be made any more, and what joining a room raises.
         """
         self._loop = asyncio.get_running_loop()
-        room = job.room
+        room = self._room = job.room
         parts = await build(self._persona, self._place.settings)
         try:
             room.on("disconnected", lambda *_: self._end("asked"))
             # Only whom it talks with is heard: never its own avatar, nor another.
             ears = _Ears(room, self._section.vision)
+            room.register_text_stream_handler(TOPIC_CHAT, self._typed)
             await job.connect(auto_subscribe=AutoSubscribe.SUBSCRIBE_NONE)
             ears.open()
-            self.session = session = AgentSession(
-                llm=parts.llm,
-                vad=parts.vad,
-                **({"stt": parts.stt} if parts.stt is not None else {}),
-                **({"tts": parts.tts} if parts.tts is not None else {}),
-                **_turns(parts),
-            )
+            self.session = session = AgentSession(**_session(parts))
             session.on("close", lambda _: self._end("asked"))
             await self._face(session, room)
             agent = Agent(instructions=self._section.instructions, tools=parts.tools)
             options = RoomOptions(
                 video_input=self._section.vision,
                 close_on_disconnect=False,  # `_attend` decides: who reloads a page comes back
+                text_input=False,  # `_typed` reads what anybody types, not only who is talked with
             )
             await session.start(agent, room=room, room_options=options)
-            greeter = asyncio.create_task(self._greet(session, room), name="greeting")
-            self._busy.add(greeter)
+            self._started.set()
+            room.on("participant_connected", lambda _: self._link(session, room))
+            room.on("participant_disconnected", lambda _: self._link(session, room))
+            self._do(self._greet(session))
             await self._attend(session, room)
         finally:
             await self._close(parts)
@@ -134,15 +139,14 @@ class Conversation:
             return
         self.avatar = avatar
 
-    async def _greet(self, session: AgentSession[Any], room: rtc.Room) -> None:
+    async def _greet(self, session: AgentSession[Any]) -> None:
         """The first words, once there is somebody who hears them."""
         greeting = self._section.greeting
         if greeting is None and self._persona.greeting:
             greeting = Greeting(say=self._persona.greeting)
         if greeting is None:
             return
-        while not _people(room):
-            await asyncio.sleep(0.05)
+        await session.room_io.wait_for_ready()  # somebody is there, and captions have an address
         avatar = self._studio.opened
         if avatar is not None:
             await avatar.listened(GREETING)
@@ -155,6 +159,51 @@ class Conversation:
         wish = greeting.instructions or f"Greet with these words, and no others: {greeting.say}"
         session.generate_reply(instructions=wish, allow_interruptions=greeting.interruptible)
 
+    # -- what is typed -----------------------------------------------------------------------------
+
+    def _typed(self, reader: rtc.TextStreamReader, identity: str) -> None:
+        if len(self._busy) >= TYPED:
+            logger.warning("too much is typed at once: a text was left out")
+            reader.close()
+            return
+        self._do(self._answer(reader, identity))
+
+    async def _answer(self, reader: rtc.TextStreamReader, identity: str) -> None:
+        """Answer what somebody typed, at once: it interrupts as a voice does."""
+        try:
+            text = (await reader.read_all()).strip()
+        except rtc.StreamError:  # whoever typed it is gone
+            return
+        await self._started.wait()
+        room, session = self._room, self.session
+        assert room is not None and session is not None
+        end = time.monotonic() + 2.0  # a text may be here before the server tells whose it is
+        while (someone := room.remote_participants.get(identity)) is None:
+            if time.monotonic() > end:
+                return
+            await asyncio.sleep(0.02)
+        if not text or not _is_person(someone):
+            return
+        if len(text) > self._place.settings.max_text:
+            logger.warning("a typed text is too long", extra={"characters": len(text)})
+            return
+        try:
+            await session.interrupt()
+        except RuntimeError:  # what may not be interrupted is said first
+            logger.debug("what is said may not be interrupted")
+        session.generate_reply(user_input=text)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="conversation")
+        self._busy.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._busy.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            error = type(task.exception()).__name__
+            logger.warning("something could not be said", extra={"error": error})
+
     # -- who is there ------------------------------------------------------------------------------
 
     async def _attend(self, session: AgentSession[Any], room: rtc.Room) -> None:
@@ -165,12 +214,8 @@ class Conversation:
         """
         last = time.monotonic()
         while not self._over.is_set():
-            people = _people(room)
-            if people:
+            if self._link(session, room):
                 last = time.monotonic()
-                linked = session.room_io.linked_participant
-                if linked is None or linked.identity not in people:
-                    session.room_io.set_participant(next(iter(people)))
             elif time.monotonic() - last > self._section.stay:
                 logger.info("nobody came (back)")
                 self._end("idle")
@@ -179,14 +224,30 @@ class Conversation:
             except asyncio.TimeoutError:
                 continue
 
+    def _link(self, session: AgentSession[Any], room: rtc.Room) -> bool:
+        """See to it that somebody who is there is talked with; False when nobody is."""
+        people = _people(room)
+        if self._over.is_set():
+            return bool(people)
+        linked = session.room_io.linked_participant
+        if not people:
+            if linked is not None or self._linked:
+                self._linked = False
+                session.room_io.unset_participant()  # whoever comes next is welcome
+            return False
+        self._linked = True
+        if linked is None or linked.identity not in people:
+            session.room_io.set_participant(next(iter(people)))
+        return True
+
     # -- the end -----------------------------------------------------------------------------------
 
     async def _close(self, parts: Parts) -> None:
-        for task in self._busy:
+        self._over.set()  # also after a failure
+        busy = list(self._busy)
+        for task in busy:
             task.cancel()
-        for outcome in await asyncio.gather(*self._busy, return_exceptions=True):
-            if isinstance(outcome, Exception):
-                logger.warning("no greeting", extra={"error": type(outcome).__name__})
+        await asyncio.gather(*busy, return_exceptions=True)
         session, avatar = self.session, self.avatar
         for what, closing in (
             ("session", session.aclose() if session is not None else None),
@@ -267,10 +328,13 @@ def _people(room: rtc.Room) -> dict[str, rtc.RemoteParticipant]:
     return {name: one for name, one in room.remote_participants.items() if _is_person(one)}
 
 
-def _turns(parts: Parts) -> dict[str, Any]:
-    """The session's options, with how the end of a turn is told where that was given."""
-    options = dict(parts.options)
-    if parts.turn_detection is None or parts.turn_detection:
-        turns = {**options["turn_handling"], "turn_detection": parts.turn_detection}
-        options["turn_handling"] = turns
-    return options
+def _session(parts: Parts) -> dict[str, Any]:
+    """What `AgentSession` is given; the rest is left to it."""
+    given = {"llm": parts.llm, "vad": parts.vad, **parts.options}
+    if parts.stt is not None:
+        given["stt"] = parts.stt
+    if parts.tts is not None:
+        given["tts"] = parts.tts
+    if is_given(parts.turn_detection):
+        given["turn_handling"] = {**given["turn_handling"], "turn_detection": parts.turn_detection}
+    return given

@@ -75,6 +75,7 @@ def examine(settings: Settings) -> list[Check]:
         ("livekit", _livekit),
         ("voices", _voices),
         ("personas", _personas),
+        ("agents", _agents),
         ("page", _page),
         ("ports", _ports),
         ("disk", _disk),
@@ -225,6 +226,27 @@ def _personas(settings: Settings) -> Iterator[Check]:
     else:
         mend = "install voipavatar again: its own personas are missing"
         yield Check("personas", "fail", f"there is no persona 'default' among {names}", mend)
+
+
+def _agents(settings: Settings) -> Iterator[Check]:
+    """Everything that a persona's agent consists of is made once, without asking anybody."""
+    import asyncio
+
+    for persona in list_personas(settings):
+        if persona.agent is None:
+            continue
+        from .parts import rehearse
+
+        name = f"agent {persona.name}"
+        try:
+            asyncio.run(rehearse(persona, settings))
+        except VoipAvatarError as error:
+            mend = "mend it there; `voipavatar worker` takes no room as this persona until then"
+            yield Check(name, "fail", str(error), mend)
+        else:
+            models = persona.agent.llm or (persona.agent.realtime,)
+            uses = ", ".join(one.use for one in models if one is not None)
+            yield Check(name, "ok", f"{uses} (not asked)")
 
 
 def _page(settings: Settings) -> Iterator[Check]:

@@ -6,21 +6,27 @@ not what the engine meant. `docs/face-quality.md` holds the results and says how
 
 from __future__ import annotations
 
+import asyncio
 import math
+import shutil
+import subprocess
 import tempfile
 import time
+import wave
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from .config import Persona, Settings, VoiceChoice, list_personas
 from .engines import Avatar, Job
 from .engines.articulation import JAW, shape
+from .engines.film import FilmPuppet
 from .engines.puppet import Pose
 from .engines.rig import HEAD, Float64
 from .engines.viseme import VisemeEngine, VisemeSession
@@ -34,14 +40,65 @@ Tell = Callable[[str], None]
 
 TEXT = (
     "My baby puppy bumped the map. Bob may pay for a big blue umbrella, "
-    "and Mum makes simple plum jam in the open park."
+    "and Mum makes simple plum jam in the open park. "
+    "Maybe Pamela will mop up the bubbles by the pump. "
+    "A happy beaver built a dam above the deep pool. "
+    "Please remember to bring my purple cap and both brown boots. "
+    "A mob of sheep climbed up the steep slope by the bay. "
+    "The boy jumped over a puddle, bumped a lamp, and told nobody. "
+    "Number nine stops at the top of the hill, but not on Sunday. "
+    "The computer beeps whenever a member pays by post. "
+    "In summer, ten tame rabbits nibble cabbage behind the barn. "
+    "Could somebody help me open the cupboard before breakfast? "
+    "A pair of plump robins popped up near the garden gate. "
+    "Most people prefer tea with lemon, and talk about peace and hope. "
+    "Tell the captain that the ship may stop at a remote island today."
 )
-"""Rich in p, b and m."""
+"""Rich in p, b and m: more than a hundred closures, and sounds that only look like them."""
+
+SHORT = TEXT[: TEXT.index(" Maybe")]
+"""The first sentences, for a quick look."""
+
+VOICES = ("piper", "espeak", "flite")
+"""What speaks by default: a neural voice, formants, recorded pieces. See `spoken`."""
 
 SHUT = 0.15
 """Lips count as shut below this part of the way from pressed lips to a wide open mouth."""
 
+
+@dataclass(frozen=True)
+class Limit:
+    """What a number must be for a face to pass."""
+
+    key: str
+    words: str
+    holds: Callable[[float], bool]
+
+
+LIMITS = (
+    Limit("recall", "lips shut at 95 % of p, b, m or more", lambda v: v >= 0.95),
+    Limit("vowels", "at most 2 % of the long vowels with shut lips", lambda v: v <= 0.02),
+    Limit("r", "correlation with the phonemes' opening 0.5 or more", lambda v: v >= 0.5),
+    Limit("lag_frames", "mouth within one picture of the sound", lambda v: abs(v) <= 1.0),
+    Limit("jitter", "in silence no more jitter than the same face at rest", lambda v: v <= 1.0),
+    Limit("seam", "no jump where speech begins or ends (below 1)", lambda v: v < 1.0),
+    Limit("outside_mean", "above the nose unchanged (below 0.05 of 255)", lambda v: v < 0.05),
+    Limit("ms", "8 ms a picture of 720p or less", lambda v: v <= 8.0),
+)
+"""What the sheet is held against."""
+
 _BILABIAL = frozenset("pbm")
+
+# The phone names of flite's (and festival's) English voices.
+ARPABET: dict[str, str] = dict(
+    pair.split("|", 1)
+    for pair in """
+    pau|_ aa|ɑ ae|æ ah|ʌ ao|ɔ aw|aʊ ax|ə ay|aɪ eh|ɛ er|ɹ ey|eɪ ih|ɪ iy|i ow|oʊ oy|ɔɪ uh|ʊ uw|u
+    b|b ch|tʃ d|d dh|ð dx|ɾ f|f g|ɡ hh|h hv|h jh|dʒ k|k l|l m|m n|n ng|ŋ p|p r|ɹ s|s sh|ʃ t|t
+    th|θ v|v w|w y|j z|z zh|ʒ el|l em|m en|n axr|ɹ
+    """.split()
+)
+"""Phones of English voices of flite and festival, in IPA."""
 
 
 def _quiet(message: str) -> None:
@@ -52,8 +109,11 @@ def _quiet(message: str) -> None:
 class Speech:
     """What is said: 16 kHz, with its phonemes."""
 
+    voice: str
     pcm: Float32
     cues: tuple[Cue, ...]
+    told: bool
+    """Whether the voice tells them to an engine, too; otherwise they are for measuring only."""
 
     @property
     def phonemes(self) -> list[Cue]:
@@ -61,7 +121,13 @@ class Speech:
 
 
 async def spoken(settings: Settings, voice: str, text: str = TEXT) -> Speech:
-    """`text` by a voice that knows its phonemes, at 16 kHz."""
+    """`text` at 16 kHz by a voice that knows its phonemes: piper, espeak, or flite and its voice.
+
+    flite ("flite" for its voice rms, "flite:slt") is a program of its own, which no avatar speaks
+    with; it is here for its sound. VoipAvatarError if the voice isn't there.
+    """
+    if voice.partition(":")[0] == "flite":
+        return await asyncio.to_thread(_flite, voice.partition(":")[2] or "rms", text)
     made = make_voice([VoiceChoice(use=voice)], settings)
     parts, cues, rate = [], list[Cue](), 0
     try:
@@ -75,13 +141,52 @@ async def spoken(settings: Settings, voice: str, text: str = TEXT) -> Speech:
     pcm = np.concatenate(parts).astype(np.float32) / 32768
     if not any(cue.kind == "phoneme" for cue in cues):
         raise VoipAvatarError(f"{voice} tells no phonemes: measure with piper or espeak")
+    return Speech(voice, _to_engine(pcm, rate), tuple(cues), told=True)
+
+
+def _flite(voice: str, text: str) -> Speech:
+    program = shutil.which("flite")
+    if program is None:
+        raise VoipAvatarError(
+            "flite isn't installed: install it (apt-get install flite), or name other voices"
+        )
+    with tempfile.TemporaryDirectory(prefix="voipavatar-") as folder:
+        path = Path(folder) / "said.wav"
+        try:
+            done = subprocess.run(
+                [program, "-voice", voice, "-psdur", "-t", text, "-o", str(path)],
+                capture_output=True, text=True, check=True, timeout=120,
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError) as error:
+            raise VoipAvatarError(
+                f"flite did not speak as {voice} ({error}): `flite -lv` lists its voices"
+            ) from error
+        with wave.open(str(path)) as file:
+            rate = file.getframerate()
+            pcm = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    cues = []
+    # "name:end name:end ...", a listing for every sentence, whose times go on.
+    begin = 0.0
+    for item in done.stdout.split():
+        name, _, end = item.rpartition(":")
+        if name not in ARPABET:
+            raise VoipAvatarError(f"flite says an unknown phone, {name}: its version is too new")
+        if float(end) > begin:
+            cues.append(Cue("phoneme", ARPABET[name], begin, float(end)))
+        begin = float(end)
+    sound = _to_engine(pcm.astype(np.float32) / 32768, rate)
+    return Speech(f"flite {voice}", sound, tuple(cues), told=False)
+
+
+def _to_engine(pcm: Float32, rate: int) -> Float32:
+    if rate == ENGINE_RATE:
+        return pcm
     length = round(len(pcm) * ENGINE_RATE / rate)
     # A short low-pass keeps what would fold back out; then straight lines between samples.
     taps = np.sinc((np.arange(-24, 25)) * ENGINE_RATE / rate) * np.hanning(49)
     smooth = np.convolve(pcm, taps / taps.sum(), "same")
     at = np.arange(length) * rate / ENGINE_RATE
-    heard = np.interp(at, np.arange(len(smooth)), smooth).astype(np.float32)
-    return Speech(heard, tuple(cues))
+    return np.interp(at, np.arange(len(smooth)), smooth).astype(np.float32)
 
 
 # --- looking at pictures --------------------------------------------------------------------------
@@ -93,6 +198,8 @@ class Looker:
     def __init__(self, mesh: FaceMesh, session: VisemeSession) -> None:
         self._mesh = mesh
         self._puppet = session.puppet
+        # A clip's head moves as it likes: there each picture is looked for near the one before.
+        self._film = session.puppet if isinstance(session.puppet, FilmPuppet) else None
         rest = self._drawn()
         # Where the face is, is known from the rig: the nearest one is ours.
         origin, axis = session.puppet.rig.frame
@@ -111,11 +218,15 @@ class Looker:
 
     def _drawn(self, jaw: float = 0.0, press: float = 0.0) -> UInt8:
         mouth = np.array([jaw, 0, 0, press, 0, 0, 0, 0], np.float32)
-        return bgr(self._puppet.draw(Pose(mouth, np.zeros(len(HEAD), np.float32))))
+        clock = self._film.reference if self._film is not None else 0
+        return bgr(self._puppet.draw(Pose(mouth, np.zeros(len(HEAD), np.float32), clock=clock)))
 
     def opening(self, picture: UInt8) -> float:
         """0 pressed lips, 1 the widest open mouth: by the mean of three places along the lips."""
-        points = self._mesh.glance(picture, self._rest)[:, :2]
+        found = self._mesh.glance(picture, self._rest)
+        if self._film is not None:
+            self._rest = replace(self._rest, points=found)
+        points = found[:, :2]
         unit = float(np.linalg.norm(points[263] - points[33]))
         apart = [np.linalg.norm(points[a] - points[b]) for a, b in ((13, 14), (82, 87), (312, 317))]
         gap = float(np.mean(apart)) / unit
@@ -133,7 +244,7 @@ def bgr(i420: UInt8) -> UInt8:
 def measure(
     engine: VisemeEngine, avatar: Avatar, mesh: FaceMesh, speech: Speech, *, cued: bool
 ) -> dict[str, float]:
-    """Every number of one row. Blocks, for about a tenth of a second a picture."""
+    """Every number of one row. Blocks, for about a fiftieth of a second a picture."""
     session = engine.open(avatar)
     fps = session.spec.fps
     looker = Looker(mesh, session)
@@ -142,27 +253,29 @@ def measure(
         session.cue(speech.cues)
     talk = session.push(speech.pcm)
     talk += session.flush()
-    after = session.idle(2 * fps)
-    pictures, times = _drawn(engine, [*before, *talk, *after])
-    opening = np.array([looker.opening(bgr(picture)) for picture in pictures])
+    after = session.idle(2)
+    seen, times, steps = _watched(engine, [*before, *talk, *after], looker)
     first, last = len(before), len(before) + len(talk)
-    said = opening[first:last]
+    said = seen[first:last]
     reference, envelope = _reference(speech, len(talk), fps), _envelope(speech, len(talk), fps)
     hits, total = _closures(said, speech, fps)
+    vowels, long = _vowels(said, speech, fps)
     lag, _ = best_lag(said, envelope)
-    steps = _steps(pictures, looker)
     talking = steps[first + 2 : last - 2]
     seams = [steps[i] for i in (first - 1, first, last - 1, last) if i < len(steps)]
     moved = _outside(engine, avatar, speech, looker)
-    # The mouth comes to rest over some pictures: silence is what is after that.
-    quiet = np.concatenate([opening[:first], opening[last + session.spec.ease + 5 :]])
+    silent, rest = _silence(engine, avatar, looker)
     return {
         "shut": hits,
         "bilabials": total,
         "recall": hits / max(1, total),
+        "vowels_shut": vowels,
+        "vowels_long": long,
+        "vowels": vowels / max(1, long),
         "r": _correlation(said, reference),
         "lag_frames": lag,
-        "jitter": float(np.abs(np.diff(quiet)).mean()) if len(quiet) > 2 else 0.0,
+        "jitter": silent / max(1e-9, rest),
+        "jitter_rest": rest,
         "seam": max(seams) / max(1e-6, float(np.percentile(talking, 95))),
         "outside_mean": moved[0],
         "outside_max": moved[1],
@@ -171,13 +284,36 @@ def measure(
     }
 
 
-def _drawn(engine: VisemeEngine, jobs: Sequence[Job]) -> tuple[list[UInt8], list[float]]:
-    pictures, times = [], []
+def _watched(
+    engine: VisemeEngine, jobs: Sequence[Job], looker: Looker
+) -> tuple[Float64, list[float], Float64]:
+    """Of pictures one after the other: how far the lips are apart, seconds of drawing, and how much
+    the mouth differs from the picture before (mean of luma)."""
+    x, y = (int(v) for v in looker.origin)
+    half = int(0.5 * looker.unit)
+    seen, times, steps = [], [], []
+    old: npt.NDArray[np.int16] | None = None
     for job in jobs:
         begin = time.thread_time()
-        pictures += engine.render([job])
+        picture = engine.render([job])[0]
         times.append(time.thread_time() - begin)
-    return pictures, times
+        seen.append(looker.opening(bgr(picture)))
+        part = picture[max(0, y - half) : y + half, max(0, x - half) : x + half].astype(np.int16)
+        if old is not None:
+            steps.append(float(np.abs(part - old).mean()))
+        old = part
+    return np.array(seen), times, np.array(steps)
+
+
+def _silence(engine: VisemeEngine, avatar: Avatar, looker: Looker) -> tuple[float, float]:
+    """Mean change of the opening from picture to picture: while a turn is silent but for the noise
+    of a microphone, and at the same moments of a face that was never spoken to."""
+    speaks, rests = engine.open(avatar), engine.open(avatar)
+    noise = np.random.default_rng(5).standard_normal(2 * ENGINE_RATE) * 10 ** (-60 / 20)
+    jobs = speaks.push(noise.astype(np.float32)) + speaks.flush()
+    seen = _watched(engine, jobs, looker)[0]
+    alone = _watched(engine, rests.idle(len(jobs)), looker)[0]
+    return float(np.abs(np.diff(seen)).mean()), float(np.abs(np.diff(alone)).mean())
 
 
 def _closures(opening: Float64, speech: Speech, fps: int) -> tuple[int, int]:
@@ -195,6 +331,22 @@ def _closures(opening: Float64, speech: Speech, fps: int) -> tuple[int, int]:
         low, high = max(0, math.floor(start * fps) - 1), math.ceil(end * fps) + 1
         hits += bool((opening[low:high] < SHUT).any())
     return hits, len(spans)
+
+
+def _vowels(opening: Float64, speech: Speech, fps: int) -> tuple[int, int]:
+    """Open vowels of 80 ms and more in whose middle half the lips are seen shut; and all."""
+    hits = total = 0
+    for cue in speech.phonemes:
+        classes = shape(cue.text)
+        if cue.end - cue.start < 0.08 or not classes or JAW[classes[0][0]] < 0.5:
+            continue
+        quarter = (cue.end - cue.start) / 4
+        low = round((cue.start + quarter) * fps)
+        high = max(low + 1, round((cue.end - quarter) * fps))
+        middle = opening[low:high]
+        total += 1
+        hits += bool(len(middle) and (middle < SHUT).all())
+    return hits, total
 
 
 def _reference(speech: Speech, frames: int, fps: int) -> Float64:
@@ -246,19 +398,6 @@ def best_lag(opening: Float64, envelope: Float64, reach: int = 5) -> tuple[float
     return lags[best] + shift, found[best]
 
 
-def _steps(pictures: Sequence[UInt8], looker: Looker) -> Float64:
-    """How much each picture's mouth differs from the one before it: mean of luma."""
-    x, y = (int(v) for v in looker.origin)
-    half = int(0.5 * looker.unit)
-    parts = [p[max(0, y - half) : y + half, max(0, x - half) : x + half] for p in pictures]
-    return np.array(
-        [
-            float(np.abs(b.astype(np.int16) - a.astype(np.int16)).mean())
-            for a, b in zip(parts[:-1], parts[1:], strict=True)
-        ]
-    )
-
-
 def _outside(
     engine: VisemeEngine, avatar: Avatar, speech: Speech, looker: Looker
 ) -> tuple[float, float]:
@@ -269,13 +408,14 @@ def _outside(
         height=avatar.height,
         options={**avatar.options, "motion": 0.0, "blink": 0.0},
     )
-    session = engine.open(still)
-    rest = engine.render(session.idle(1))[0]
+    session, silent = engine.open(still), engine.open(still)
     jobs = session.push(speech.pcm[: 3 * ENGINE_RATE])
+    # At the same moments, for a clip moves by itself.
+    alone = silent.idle(len(jobs))
     rows = slice(0, max(1, int(looker.origin[1] - 0.42 * looker.unit)))
     apart = [
         np.abs(picture[rows].astype(np.int16) - rest[rows].astype(np.int16))
-        for picture in engine.render(jobs[::4])
+        for picture, rest in zip(engine.render(jobs[::4]), engine.render(alone[::4]), strict=True)
     ]
     if not apart:
         return 0.0, 0.0
@@ -299,18 +439,23 @@ async def face(
     *,
     portraits: Sequence[Path] = (),
     personas: Sequence[str] = (),
-    voice: str = "piper",
+    voices: Sequence[str] = VOICES,
+    text: str = TEXT,
     tell: Tell = _quiet,
 ) -> list[dict[str, Any]]:
-    """Rows of numbers: every face with cues, and by its sound alone.
+    """Rows of numbers: every face with every voice, by its cues (if it tells any) and by its sound
+    alone. `failed` of a row names the `LIMITS` that don't hold.
 
-    A face that can't be prepared gives a row with `error`.
+    A face that can't be prepared gives a row with `error`, and so does a voice that isn't there.
     """
-    import asyncio
-
-    tell(f"speaking ({voice})")
-    speech = await spoken(settings, voice)
     rows: list[dict[str, Any]] = []
+    speeches = []
+    for voice in voices:
+        tell(f"speaking ({voice})")
+        try:
+            speeches.append(await spoken(settings, voice, text))
+        except VoipAvatarError as error:
+            rows.append({"face": "-", "voice": voice, "error": str(error), "failed": ["voice"]})
 
     def work() -> None:
         mesh = FaceMesh(face_models(settings, tell))
@@ -319,18 +464,22 @@ async def face(
             for i, (name, persona) in enumerate(subjects(settings, portraits)):
                 if personas and name not in personas and persona.path is not None:
                     continue
-                tell(f"looking at {name}")
+                if persona.portrait is None:
+                    continue
                 try:
-                    if persona.portrait is None:
-                        continue
                     source = persona.beside(persona.portrait)
                     options = persona.engine_settings()
                     avatar = engine.prepare(source, Path(folder) / str(i), options, _still)
-                    for cued in (True, False):
-                        row = measure(engine, avatar, mesh, speech, cued=cued)
-                        rows.append({"face": name, "cues": cued, **row})
                 except VoipAvatarError as error:
-                    rows.append({"face": name, "error": str(error)})
+                    rows.append({"face": name, "error": str(error), "failed": ["face"]})
+                    continue
+                for speech in speeches:
+                    for cued in (True, False) if speech.told else (False,):
+                        tell(f"looking at {name} ({speech.voice}, {_driver(cued)})")
+                        row = measure(engine, avatar, mesh, speech, cued=cued)
+                        failed = [one.key for one in LIMITS if not one.holds(row[one.key])]
+                        about = {"face": name, "voice": speech.voice, "cues": cued}
+                        rows.append({**about, **row, "failed": failed})
         engine.close()
 
     await asyncio.to_thread(work)
@@ -341,20 +490,47 @@ def _still(what: str, share: float) -> None:
     """No progress to be seen."""
 
 
+def _driver(cued: bool) -> str:
+    return "cues" if cued else "sound"
+
+
+def passed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is something measured and all of it is within `LIMITS`."""
+    return bool(rows) and not any(row["failed"] for row in rows)
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows with what they are held against, for programs."""
+    return {
+        "passed": passed(rows),
+        "limits": {one.key: one.words for one in LIMITS},
+        "rows": list(rows),
+    }
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown, and under them what a face must reach to pass."""
     lines = [
-        "| face | driven by | lips shut at p b m | r | lag | jitter | seam | outside | ms |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| face | voice | driven by | lips shut at p b m | vowels shut | r | lag | jitter | seam "
+        "| outside | ms | passes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['face']} | refused: {row['error']} | | | | | | | |")
+            lines.append(
+                f"| {row['face']} | {row.get('voice', '-')} | refused: {row['error']} "
+                "| | | | | | | | | no |"
+            )
             continue
+        verdict = "no: " + ", ".join(row["failed"]) if row["failed"] else "yes"
         lines.append(
-            f"| {row['face']} | {'cues' if row['cues'] else 'sound'} "
-            f"| {row['shut']:.0f}/{row['bilabials']:.0f} ({row['recall']:.0%}) | {row['r']:.2f} "
-            f"| {row['lag_frames']:+.1f} | {row['jitter']:.3f} | {row['seam']:.2f} "
-            f"| {row['outside_mean']:.2f} | {row['ms']:.1f} |"
+            f"| {row['face']} | {row['voice']} | {_driver(row['cues'])} "
+            f"| {row['shut']:.0f}/{row['bilabials']:.0f} ({100 * row['recall']:.1f}%) "
+            f"| {row['vowels_shut']:.0f}/{row['vowels_long']:.0f} | {row['r']:.2f} "
+            f"| {row['lag_frames']:+.1f} | {row['jitter']:.2f} | {row['seam']:.2f} "
+            f"| {row['outside_mean']:.2f} | {row['ms']:.1f} | {verdict} |"
         )
+    good = sum(not row["failed"] for row in rows)
+    lines += ["", f"{good} of {len(rows)} rows pass. A row passes with:", ""]
+    lines += [f"- *{one.key}*: {one.words}" for one in LIMITS]
     return "\n".join(lines)

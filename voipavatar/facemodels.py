@@ -9,6 +9,7 @@ to look. Once they are in the cache no network is needed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import logging
@@ -32,6 +33,8 @@ LICENCE = "Apache-2.0"
 
 DETECTOR, MESH, IRIS = "detector.tflite", "mesh.tflite", "iris.tflite"
 """The names that the files have in the cache."""
+MATTE = "matte.tflite"
+"""The network that tells a person from what is behind; wanted only for another background."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,19 @@ PACKAGES = (
 )
 """36 MB to fetch and 7 MB; the mesh of the first is newer, and truer at the lips."""
 
+MATTE_PACKAGES = (
+    dataclasses.replace(
+        PACKAGES[0],
+        files={
+            MATTE: (
+                "mediapipe/modules/selfie_segmentation/selfie_segmentation.tflite",
+                "9ee168ec7c8f2a16c56fe8e1cfbc514974cbbb7e434051b455635f1bd1462f5c",
+            )
+        },
+    ),
+)
+"""0.25 MB, in the first of the packages above."""
+
 _TIMEOUT = 600.0
 _lock = threading.Lock()
 
@@ -110,10 +126,26 @@ def face_models(
     `VOIPAVATAR_FACE_MODELS` names a folder with the files, or with the wheel that holds them; then
     nothing is fetched. Raises TransportError that says how to bring them by hand.
     """
+    return _at(_brought(settings, tell, packages))
+
+
+def matte_model(
+    settings: Settings,
+    tell: Callable[[str], None] | None = None,
+    packages: tuple[Package, ...] = MATTE_PACKAGES,
+) -> Path:
+    """The file of the network that tells a person from the background; as `face_models`."""
+    return _brought(settings, tell, packages) / MATTE
+
+
+def _brought(
+    settings: Settings, tell: Callable[[str], None] | None, packages: tuple[Package, ...]
+) -> Path:
+    """The cache's folder, once the files of one of the packages are in it."""
     target = settings.cache_dir / "face"
     with _lock:
         if _whole(target, packages):
-            return _at(target)
+            return target
         problems = []
         for way, bring in _ways(settings, packages, tell or _quiet).items():
             try:
@@ -139,7 +171,7 @@ def face_models(
                     retryable=False,
                 ) from error
             log.info("face models are in the cache", extra={"way": way})
-            return _at(target)
+            return target
     first = packages[0]
     raise TransportError(
         f"the face models can't be had ({'; '.join(problems)}). Where there is a network, run "
@@ -158,9 +190,9 @@ def _at(folder: Path) -> FaceModels:
 
 
 def _whole(folder: Path, packages: tuple[Package, ...]) -> bool:
-    """All three there, and all three of the same package."""
+    """All files there, and all of the same package."""
     try:
-        found = {name: _digest((folder / name).read_bytes()) for name in (DETECTOR, MESH, IRIS)}
+        found = {name: _digest((folder / name).read_bytes()) for name in packages[0].files}
     except OSError:
         return False
     return any(

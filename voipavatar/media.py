@@ -47,6 +47,11 @@ class Cue:
     end: float
 
 
+POSES = ("", "attentive", "listening", "thinking")
+"""How a face can be held while it doesn't speak: as it likes; looking at who may speak; following
+who speaks, with small nods; looking for an answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Begin:
     """A turn is on its way (its text is being synthesised, say). Optional: `Audio` opens it too."""

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .avatar import file_digest, read_json, write_json
+from .avatar import digest, file_digest, read_json, write_json
 from .config import PACKAGE
 from .errors import ConfigError, TransportError
 
@@ -44,6 +44,9 @@ HUB = "https://huggingface.co"
 
 SEEN = "seen.json"
 """Hashes of files whose hash nobody has published, as they were first seen here."""
+
+RANDOM = "random.json"
+"""Which files hold random weights (`voipavatar models random`), and their keys."""
 
 Report = Callable[[str, int, int], None]
 """Called with a file's path, the bytes there are, and the bytes there will be (0: unknown)."""
@@ -163,16 +166,55 @@ class State:
 def verify(recipe: Recipe, folder: Path) -> list[State]:
     """Every file of a recipe against its size and hash. `good` files were compared with a hash
     that is published, or that was remembered when the file was first seen here."""
-    return [_verify(one, folder) for one in recipe.files]
+    states = [_verify(one, folder, recipe.generated is not None) for one in recipe.files]
+    return [_not_another(recipe, one, folder) for one in states]
 
 
-def _verify(file: File, folder: Path) -> State:
+def _not_another(recipe: Recipe, state: State, folder: Path) -> State:
+    """Weights that are byte for byte those of another name: both versions of MuseTalk's UNet have
+    the same layout, so nothing else tells one from the other."""
+    path = state.file.path
+    weights = {net.weights for one in list_recipes() for net in one.networks.values()}
+    if not state.usable or path not in {net.weights for net in recipe.networks.values()}:
+        return state
+    for other in sorted(weights - {path}):
+        there, here = folder / other, folder / path
+        if not (there.is_file() and here.is_file()) or (
+            there.stat().st_size != here.stat().st_size
+            or checkpoint_key(there) != checkpoint_key(here)
+        ):
+            continue
+        symptom = f" You would see: {state.file.symptom}." if state.file.symptom else ""
+        text = f"{path} is the same file as {other}: one of them is wrong.{symptom}"
+        return State(state.file, "damaged", text)
+    return state
+
+
+def mark_random(folder: Path, *paths: str) -> None:
+    """Remember that these files hold random weights."""
+    keys = {path: checkpoint_key(folder / path) for path in paths}
+    write_json(folder / RANDOM, {**read_json(folder / RANDOM), **keys})
+
+
+def is_random(file: str, folder: Path) -> bool:
+    """The file is one that `voipavatar models random` made."""
+    key = read_json(folder / RANDOM).get(file)
+    return key is not None and (folder / file).is_file() and key == checkpoint_key(folder / file)
+
+
+def _verify(file: File, folder: Path, generated: bool = False) -> State:
     path = folder / file.path
     symptom = f" With it you would see: {file.symptom}." if file.symptom else ""
     if not path.is_file():
         text = f"{file.path} is missing"
         text += ": an avatar can be prepared another way" if file.optional else ""
         return State(file, "missing", text)
+    if not generated and is_random(file.path, folder):
+        return State(
+            file,
+            "damaged",
+            f"{file.path} holds random weights (`voipavatar models random`): pull it.{symptom}",
+        )
     size = path.stat().st_size
     if file.bytes is not None and size != file.bytes:
         return State(
@@ -482,6 +524,14 @@ def checkpoint_key(path: Path) -> str:
             file.seek(-min(1 << 20, size), os.SEEK_END)
             done.update(file.read())
     return done.hexdigest()[:16]
+
+
+def weights_key(recipe: Recipe, folder: Path, *names: str) -> str | None:
+    """A name for the content of these networks' weights; None if one of them isn't there."""
+    paths = [folder / recipe.networks[name].weights for name in names]
+    if not all(path.is_file() for path in paths):
+        return None
+    return digest([(name, checkpoint_key(path)) for name, path in zip(names, paths, strict=True)])
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -39,6 +39,8 @@ OVERDUE = 8.0
 """Seconds beyond its length after which a segment's end is not waited for any longer."""
 KEPT = 600.0
 """Seconds of one segment that are kept until they were heard."""
+RESUMES = 0.15
+"""Seconds that a voice which waited for more sound takes to go on, once there is some."""
 
 
 class Segment:
@@ -57,6 +59,9 @@ class Segment:
         self.heard = 0.0
         self.interrupted = False
         self.over = False
+        self.meter: Callable[[], float] | None = None
+        """Seconds that have left at most, where its route can tell."""
+        self._playhead: tuple[float, float] | None = None  # seconds, at which monotonic time
         self._on_started = on_started
         self._on_over = on_over
 
@@ -67,10 +72,32 @@ class Segment:
             self.frames.popleft()
 
     def started(self) -> None:
-        """Its first sample is being heard."""
+        """Its first sample is being heard, or the first that another route says of it."""
+        if self._playhead is None:
+            self._playhead = (self.skipped, time.monotonic())
         if self.began is None and not self.over:
             self.began = time.monotonic()
             self._on_started()
+
+    def at(self) -> float:
+        """Seconds of it that are heard by now; below 0 before that. It moves with the time, and
+        waits where there is no more sound: to be asked every few frames."""
+        if self._playhead is None:
+            return self.skipped if self.began is not None else -1.0
+        position, since = self._playhead
+        now = time.monotonic()
+        position = min(self.length, position + max(0.0, now - since))
+        if self.meter is not None:
+            position = min(position, self.skipped + self.meter())
+        waits = position >= self.length and not self.flushed
+        self._playhead = (position, now + RESUMES if waits else max(since, now))
+        return position
+
+    def resume_at(self, position: float) -> None:
+        """It goes on from here, as soon as `started` says so."""
+        self.skipped = position
+        self.meter = None
+        self._playhead = None
 
     def finished(self, heard: float, interrupted: bool) -> None:
         """It is over; only the first call counts."""
@@ -118,6 +145,18 @@ class Route(Protocol):
     async def aclose(self) -> None: ...
 
 
+class Watcher(Protocol):
+    """Somebody who goes along with what is said: captions."""
+
+    def opened(self, segment: Segment) -> None: ...
+    def sounded(self, segment: Segment, frame: rtc.AudioFrame) -> None: ...
+    def flushed(self, segment: Segment | None) -> None:
+        """Complete; None when nothing was pushed since the last time."""
+
+    def finished(self, segment: Segment) -> str | None:
+        """Over; what of its text was shown, if that is known."""
+
+
 class Mouthpiece(AudioOutput):
     """The agent's audio output. Takes any rate and channel count."""
 
@@ -126,6 +165,9 @@ class Mouthpiece(AudioOutput):
             label="voipavatar", capabilities=AudioOutputCapabilities(pause=False), sample_rate=None
         )
         self.pending: deque[Segment] = deque()
+        self.watcher: Watcher | None = None
+        self.on_attach: Callable[[], object] | None = None
+        """Called soon after a session has put it to use."""
         self._patience = patience
         self._route: Route | None = None
         self._owner: dict[Segment, Route] = {}
@@ -163,7 +205,7 @@ class Mouthpiece(AudioOutput):
                 continue
             heard = min(segment.length, _heard(segment, alive))
             rest = segment.rest(heard + segment.skipped)
-            segment.skipped += heard
+            segment.resume_at(segment.skipped + heard)
             for frame in rest:
                 route.put(segment, frame)
             if segment.flushed:
@@ -186,20 +228,31 @@ class Mouthpiece(AudioOutput):
             self.pending.append(segment)
             assert self._route is not None
             self._owner[segment] = self._route
+            if self.watcher is not None:
+                self.watcher.opened(segment)
         if segment.cleared or segment.over:
             return  # what is still under way of something that is to be silent
         segment.keep(frame)
+        if self.watcher is not None:
+            self.watcher.sounded(segment, frame)
         await self._owner[segment].push(segment, frame)
 
     def flush(self) -> None:
         super().flush()
         segment, self._open = self._open, None
+        if self.watcher is not None:
+            self.watcher.flushed(segment)
         if segment is None:
             return
         segment.flushed = True
         route = self._owner.get(segment)
         if route is not None and not segment.over:
             route.flush(segment)
+
+    def on_attached(self) -> None:
+        super().on_attached()
+        if self.on_attach is not None:
+            asyncio.get_running_loop().call_soon(self.on_attach)
 
     def clear_buffer(self) -> None:
         routes: list[Route] = []
@@ -219,7 +272,11 @@ class Mouthpiece(AudioOutput):
         self._owner.pop(segment, None)
         while self.pending and self.pending[0].over:
             first = self.pending.popleft()
-            self.on_playback_finished(playback_position=first.heard, interrupted=first.interrupted)
+            self.on_playback_finished(
+                playback_position=first.heard,
+                interrupted=first.interrupted,
+                synchronized_transcript=self.watcher.finished(first) if self.watcher else None,
+            )
 
 
 def _heard(segment: Segment, alive: float | None) -> float:
@@ -245,6 +302,7 @@ class Direct:
         if segment not in self._turns:
             turn = self._open_turn()
             self._turns[segment] = (turn, {})
+            segment.meter = lambda: turn.heard
             turn.started.add_done_callback(
                 lambda future: segment.started() if future.result() is not None else None
             )

@@ -1,4 +1,4 @@
-"""A persona from a picture: the YAML that stands beside it."""
+"""A persona from a picture or a clip: the YAML that stands beside it."""
 
 from __future__ import annotations
 

@@ -232,8 +232,8 @@ class _Builder:
             elif not isinstance(tool, (llm.Tool, llm.Toolset)):
                 raise self._error(
                     key,
-                    f"{one.use} gives {_article(type(tool).__name__)}, no tool: decorate a function "
-                    "with livekit.agents.function_tool, or name a Toolset",
+                    f"{one.use} gives {_article(type(tool).__name__)}, no tool: decorate a "
+                    "function with livekit.agents.function_tool, or name a Toolset",
                 )
         return tools
 

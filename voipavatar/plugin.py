@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -35,7 +36,8 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
-from .agentstream import ALIVE, DISPATCH, LEAVE, PERSONA
+from .agentstream import ALIVE, DISPATCH, GESTURE, LEAVE, PERSONA, POSE, Mute
+from .captions import attach
 from .config import Persona, Settings, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
@@ -100,6 +102,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         avatar_participant_name: NotGivenOr[str] = NOT_GIVEN,
         join_timeout: NotGivenOr[float] = NOT_GIVEN,
         studio: NotGivenOr[OpensAvatars] = NOT_GIVEN,
+        captions: bool = True,
         conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS,
     ) -> None:
         """Everything has a default.
@@ -115,6 +118,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             join_timeout: Seconds in which it must be seen, 20 unless given. Speech waits for it
                 that long, and is voice-only afterwards.
             studio: A studio to share with other sessions of this loop (`local` only).
+            captions: Whether the agent's transcript keeps to the avatar's voice word by word;
+                False leaves the pacing to LiveKit, which may run ahead of it.
             conn_options: Retries and their pauses when asking for a worker.
         """
         super().__init__()
@@ -134,6 +139,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._join_timeout = join_timeout if isinstance(join_timeout, (int, float)) else 20.0
         self._studio: OpensAvatars | None = studio or None
         self._own_studio: Studio | None = None
+        self._captions = captions
         self._conn_options = conn_options
         self._started = False
         self._closing: asyncio.Task[None] | None = None
@@ -153,6 +159,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._refusals: list[tuple[float, str]] = []
         self._failure = ""
         self._trouble = ""
+        self._agent: AgentSession[Any] | None = None
+        self._pose = ""
+        self._telling: asyncio.Task[None] | None = None
         self.lost = 0
         """Times that the avatar was lost, or did not come when it was first asked for."""
 
@@ -217,7 +226,13 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             raise
         self._mouthpiece = mouthpiece
         self._silence = _Silence(agent_session, room)
+        if self._captions:
+            # The session makes its text output when it starts, right after the sound's.
+            mouthpiece.on_attach = functools.partial(attach, agent_session, mouthpiece)
         agent_session.output.replace_audio_tail(mouthpiece)
+        self._agent = agent_session
+        for event in _TURNS:
+            agent_session.on(event, self._attend)
         if self._mode == "dispatch":
             self._keeper = asyncio.create_task(self._keep(room, agent), name="avatar-keeper")
 
@@ -251,6 +266,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             name=self._name or _title(self._persona),
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: agent},
             ttl=TTL,
+            guests=(Mute(),),
         )
         self._avatar = await studio.open(self._persona, room=options)
         mouthpiece.use(Direct(self._avatar.open_turn))
@@ -535,6 +551,61 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 raise VoipAvatarException(f"the persona was not changed: {error.message}") from None
         self._persona = persona  # what a new worker is asked for, should this one be lost
 
+    # -- while it is silent ------------------------------------------------------------------------
+
+    async def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now, also in the middle of speech.
+
+        VoipAvatarException says why there is none.
+        """
+        if not self._here.is_set() or self._room is None:
+            raise VoipAvatarException("there is no avatar to gesture now: wait_for_join() first")
+        try:
+            if self._mode == "local":
+                self._avatar.gesture(name)
+                return
+            await self._room.local_participant.perform_rpc(
+                destination_identity=self._identity,
+                method=GESTURE,
+                payload=name,
+                response_timeout=5.0,
+            )
+        except rtc.RpcError as error:
+            raise VoipAvatarException(f"there was no gesture: {error.message}") from None
+        except VoipAvatarError as error:
+            raise VoipAvatarException(f"there was no gesture: {error}") from None
+
+    def _attend(self, _: object) -> None:
+        """The conversation's turn has changed: listen, think, or be at ease."""
+        agent = self._agent
+        if agent is None:
+            return
+        if agent.user_state == "speaking":
+            pose = "listening"
+        else:
+            pose = {"thinking": "thinking", "listening": "attentive"}.get(agent.agent_state, "")
+        if pose == self._pose:
+            return
+        self._pose = pose
+        if self._mode == "local":
+            if self._here.is_set():
+                self._avatar.pose(pose)
+        elif self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell(), name="avatar-pose")
+
+    async def _tell(self) -> None:
+        """By an attribute of the agent's own, which a worker that comes later sees too."""
+        told = None
+        while self._room is not None and told != self._pose:
+            told = self._pose
+            try:
+                await asyncio.wait_for(
+                    self._room.local_participant.set_attributes({POSE: told}), timeout=5.0
+                )
+            except Exception as error:  # a face at ease is no reason to disturb the speech
+                logger.info("a pose was not told", extra={"error": type(error).__name__})
+                return
+
     # -- waiting and ending ------------------------------------------------------------------------
 
     async def wait_for_join(self, *, timeout: float | None = 30.0) -> None:
@@ -581,6 +652,13 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
     async def _close(self) -> None:
         room = self._room
         self._here.clear()
+        if self._agent is not None:
+            for event in _TURNS:
+                self._agent.off(event, self._attend)
+            self._agent = None
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -615,6 +693,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
 
 
 # --- small things ---------------------------------------------------------------------------------
+
+_TURNS: tuple[Literal["agent_state_changed", "user_state_changed"], ...] = (
+    "agent_state_changed",
+    "user_state_changed",
+)
+"""Events of an agent's session that tell whose turn it is."""
 
 
 def _given(argument: str, value: NotGivenOr[str]) -> str:

@@ -106,6 +106,8 @@ class Session(Protocol):
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def choose_voice(self, name: str | None) -> None: ...
+    async def swap_persona(self, persona: Any) -> None: ...
+    async def choose_idle(self, name: str) -> None: ...
     def events(self) -> AsyncIterator[dict[str, Any]]: ...
 
 
@@ -255,7 +257,7 @@ class Wire:
         pause = low
         while True:
             try:
-                await asyncio.wait_for(self._build(), 4 * self.options.timeout)
+                await _answer(self._build(), 4 * self.options.timeout)
                 pause = low
                 logger.info("the broker is there", extra={"queue": self.options.queue})
                 await self._watch()
@@ -283,11 +285,11 @@ class Wire:
         self._doubt = asyncio.Event()
         joint = "&" if "?" in options.url else "?"
         name = f"voipavatar@{socket.gethostname()}"
-        connection = await aio_pika.connect(
-            f"{options.url}{joint}heartbeat={options.heartbeat}&name={name}",
-            timeout=options.timeout,
-        )
-        self._connection = connection
+        url = f"{options.url}{joint}heartbeat={options.heartbeat}&name={name}"
+        # Not by `aio_pika.connect`: what that leaves of a connection that failed wants to be
+        # closed when it is collected, wherever that may be.
+        connection = self._connection = aio_pika.Connection(aio_pika.connection.make_url(url))
+        await connection.connect(timeout=options.timeout)
         self.generation += 1
         self.connects += 1
         doubt = self._doubt
@@ -347,7 +349,7 @@ class Wire:
         # A message that no queue wants comes back as an error, where it is mandatory.
         channel = connection.channel(publisher_confirms=True, on_return_raises=True)
         # Its own time limit doesn't hold for all of it.
-        await asyncio.wait_for(channel.initialize(), self.options.timeout)
+        await _answer(channel.initialize(), self.options.timeout)
         doubt = self._doubt
         if vital:
             channel.close_callbacks.add(lambda *_: doubt.set())
@@ -386,7 +388,7 @@ class Wire:
             )
         except ChannelPreconditionFailed:
             return False
-        await asyncio.wait_for(channel.close(), self.options.timeout)
+        await _answer(channel.close(), self.options.timeout)
         return True
 
     async def _consume(self, name: str, generation: int) -> None:
@@ -415,27 +417,23 @@ class Wire:
             if self._doubt.is_set():
                 raise TransportError("the connection, a channel or a consumer was closed")
             for name in (self.options.queue, self.options.control):
-                queue = await asyncio.wait_for(
-                    probe.declare_queue(name, passive=True), self.options.timeout
-                )
+                queue = await _answer(probe.declare_queue(name, passive=True), self.options.timeout)
                 if not queue.declaration_result.consumer_count:
                     raise TransportError("the broker has no consumer of the queue any more")
 
     async def ready(self, name: str) -> int:
         """Messages that wait in a queue."""
-        if self._connection is None:
+        if self._connection is None or not self.up.is_set():
             raise TransportError("the broker is not there")
         channel = await self._channel(self._connection, vital=False)
         try:
-            queue = await asyncio.wait_for(
-                channel.declare_queue(name, passive=True), self.options.timeout
-            )
+            queue = await _answer(channel.declare_queue(name, passive=True), self.options.timeout)
             return int(queue.declaration_result.message_count or 0)
         except Exception as error:
             raise TransportError(f"the broker doesn't answer: {type(error).__name__}") from error
         finally:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(channel.close(), self.options.timeout)
+                await _answer(channel.close(), self.options.timeout)
 
     async def publish(
         self,
@@ -456,12 +454,10 @@ class Wire:
             body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT, **properties
         )
         try:
-            await asyncio.wait_for(
+            await _answer(
                 where.publish(message, key, mandatory=mandatory, timeout=self.options.timeout),
                 self.options.timeout + 1,
             )
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             raise TransportError(f"the broker didn't take it: {type(error).__name__}") from error
 
@@ -477,9 +473,7 @@ class Wire:
         if delivery.generation != self.generation or not self.up.is_set():
             return
         try:
-            await asyncio.wait_for(how(), self.options.timeout)
-        except asyncio.CancelledError:
-            raise
+            await _answer(how(), self.options.timeout)
         except Exception as error:  # it comes again, and the ledger knows it
             logger.info("an ack was lost", extra={"error": type(error).__name__})
             self._doubt.set()
@@ -495,7 +489,25 @@ class Wire:
         self._publishing = self._consuming = None
         if connection is not None:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(connection.close(), 2.0)
+                await _answer(connection.close(), 2.0)
+
+
+async def _answer(call: Awaitable[T], seconds: float) -> T:
+    """What the library answers. TransportError when the connection went, or after `seconds`.
+
+    A connection that goes cancels what waits for an answer of it. Awaited as it is, that would
+    pass for somebody cancelling *us*, and end the task that asked for good.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=1.0)
+    if not task.done() or task.cancelled():
+        raise TransportError("the broker did not answer, or the connection went meanwhile")
+    return task.result()
 
 
 _REFUSALS = (
@@ -679,6 +691,7 @@ class QueueFeed:
         self._outgoing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
+        self._broken: str | None = None
         self._closing = False
 
     async def __aenter__(self) -> QueueFeed:
@@ -688,7 +701,17 @@ class QueueFeed:
             self._loops.append(asyncio.create_task(self._taking(inbox), name="rabbitmq-take"))
         self._loops.append(asyncio.create_task(self._telling(), name="rabbitmq-tell"))
         self._loops.append(asyncio.create_task(self._sweeping(), name="rabbitmq-sweep"))
+        for loop in self._loops:
+            loop.add_done_callback(self._stopped)
         return self
+
+    def _stopped(self, loop: asyncio.Task[None]) -> None:
+        """None of them ends by itself: a feed that lost one must not look well."""
+        if self._closing:
+            return
+        error = None if loop.cancelled() else loop.exception()
+        self._broken = f"{loop.get_name()} has stopped: {type(error).__name__}"
+        logger.critical("a part of the queue has stopped", extra={"part": loop.get_name()})
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
@@ -742,7 +765,7 @@ class QueueFeed:
         return {
             "queue": self.options.queue,
             "broker": "up" if self.wire.up.is_set() else "down",
-            "trouble": self.wire.trouble,
+            "trouble": self._broken or self.wire.trouble,
             "declared_by_us": self.wire.shared,
             "connects": self.wire.connects,
             "in_hand": len(self._jobs),
@@ -1354,18 +1377,26 @@ class QueueFeed:
             await session.interrupt()
         elif command == "voice":
             session.choose_voice(message.value)
-        elif command == "persona":
-            swap = getattr(session, "swap_persona", None)
-            if swap is None:
-                raise Refused("unsupported", "this session can't change its persona while on air")
-            await swap(self._directory.load(message.value or ""))
+        elif job.delivery is not None and job.delivery.lane == self.options.control:
+            # A face may have to be prepared first: the next order must not wait for that.
+            self._hold(self._changing(job, session, message), "rabbitmq-change")
+            return
         else:
-            change = getattr(session, "choose_idle", None)
-            if change is None:
-                raise Refused(
-                    "unsupported", f"the engine {session.persona.engine!r} has no idle clips"
-                )
-            await change(message.value)
+            await self._changing(job, session, message)
+            return
+        self._end(job, "finished", spoken_ms=0)
+
+    async def _changing(self, job: _Job, session: Any, message: ControlMessage) -> None:
+        """Another face. One after the other, in the order in which they were asked for."""
+        assert message.value is not None
+        try:
+            if message.command == "persona":
+                await session.swap_persona(self._directory.load(message.value))
+            else:
+                await session.choose_idle(message.value)
+        except Exception as error:
+            await self._fail(job, error)
+            return
         self._end(job, "finished", spoken_ms=0)
 
     # -- outcomes ----------------------------------------------------------------------------------

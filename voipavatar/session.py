@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import metrics
-from .config import Persona, Settings, VoiceChoice, load_persona
+from .config import OWN, Persona, Settings, VoiceChoice, load_persona
 from .engines import Avatar, Engine, EngineSession, Progress, Renderer, Spec
 from .errors import ConfigError, InputError, StageError, VoipAvatarError
-from .media import Clock, Cue, Int16, ManualClock, Mode, MonotonicClock, Sink
+from .media import POSES, Clock, Cue, Int16, ManualClock, Mode, MonotonicClock, Sink
 from .stage import Options, Stage, State
 
 if TYPE_CHECKING:
@@ -204,6 +204,8 @@ class Session:
     ) -> None:
         self.id = name
         self.persona = persona
+        self.idle = OWN
+        """The name of the look that it has now, out of the persona's `idles`."""
         self.stage = stage
         self.room = room
         self.opened = time.time()
@@ -282,12 +284,35 @@ class Session:
         self.touched = time.monotonic()
         async with self._swapping:
             self.persona = await self._studio.swap(self, persona)
+            self.idle = OWN
         self._voices = self.persona.voice
         if self._warm is not None and not self._draining:
             self._warm.cancel()
             await asyncio.gather(self._warm, return_exceptions=True)
             self._warm = asyncio.create_task(self._warming(), name=f"warm-{self.id}")
         self.emit("persona", persona=self.persona.name)
+
+    async def choose_idle(self, name: str) -> None:
+        """Take on another of the persona's looks, now; "default" is its own. Or a pose, by name.
+
+        Nothing said is lost, and it goes on speaking in that look. Raises InputError when the
+        persona has none so called, and what `Studio.open` does: it goes on as it was then.
+        """
+        if self._draining:
+            raise StageError("the session is closing: open a new one")
+        self.touched = time.monotonic()
+        if name and name in POSES and name not in self.persona.idles:
+            self.stage.pose(name)
+            self.emit("idle", idle=name)
+            return
+        async with self._swapping:
+            look = self.persona.look(name)
+            if name != self.idle:
+                await self._studio.swap(self, look)
+                self.idle = name
+        if name == OWN:
+            self.stage.pose("")
+        self.emit("idle", idle=name)
 
     def pause(self) -> None:
         """Hold speech, with the mouth shut, until `resume`. Idempotent."""
@@ -298,6 +323,21 @@ class Session:
         """Go on with the word that was held. Idempotent."""
         self.touched = time.monotonic()
         self.stage.resume()
+
+    def pose(self, name: str) -> None:
+        """How the face is held while it doesn't speak: "attentive" while the other may speak,
+        "listening" while they do, "thinking" while an answer is looked for, "" as it likes.
+
+        It stays until another is asked for; speech goes before it, and ends a "thinking".
+        Raises InputError for another name.
+        """
+        self.touched = time.monotonic()
+        self.stage.pose(name)
+
+    def gesture(self, name: str) -> None:
+        """A nod, smile, shake, wink, tilt, brows or blink, now. InputError when there is none."""
+        self.touched = time.monotonic()
+        self.stage.gesture(name)
 
     def choose_voice(self, name: str | None) -> None:
         """Speak with this one of the persona's voices from the next text on; None is its first.
@@ -371,6 +411,7 @@ class Session:
         return {
             "id": self.id,
             "persona": self.persona.name,
+            "idle": self.idle,
             "engine": self.persona.engine,
             "state": self.state,
             "paused": self.stage.paused,
@@ -594,6 +635,8 @@ class Studio:
         async with contextlib.AsyncExitStack() as undo:
             renderer = await self.renderer(persona.engine)
             avatar = await self.prepare(persona, progress)
+            for look in persona.idles:  # on air they are wanted at once
+                await self.prepare(persona.look(look), progress)
             engine = await renderer.open(avatar)
             undo.callback(renderer.release)
             session = await self._compose(
@@ -658,9 +701,7 @@ class Studio:
         if isinstance(persona, str):
             persona = load_persona(persona, self.settings)
         spec = session.stage.engine.spec
-        persona = persona.model_copy(
-            update={"width": spec.width, "height": spec.height, "fps": spec.fps}
-        )
+        persona = persona.sized(spec)
         renderer = await self.renderer(persona.engine)
         engine = await renderer.open(await self.prepare(persona))
         try:
@@ -700,7 +741,9 @@ class Studio:
         options = persona.engine_settings()
         key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         if source.is_file():
-            key.update(await asyncio.to_thread(source.read_bytes))
+            from .avatar import known_digest
+
+            key.update((await asyncio.to_thread(known_digest, source)).encode())
         folder = f"{info.name}-v{info.version}"
         target = self.settings.cache_dir / "avatars" / folder / key.hexdigest()[:24]
         lock = self._preparing.setdefault(str(target), asyncio.Lock())
@@ -726,9 +769,12 @@ class Studio:
         return await asyncio.shield(task)
 
     async def _make_voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
-        from .speech import make_voice
+        def make() -> tts.TTS[Any]:
+            from .speech import make_voice  # takes a while by itself: not on a loop that is on air
 
-        voice = await asyncio.to_thread(make_voice, choices, self.settings)
+            return make_voice(choices, self.settings)
+
+        voice = await asyncio.to_thread(make)
         voice.prewarm()
         return voice
 

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .engines import Avatar
+from .engines.film import FilmPuppet
+from .engines.filmlips import carried
 from .engines.puppet import Pose
 from .engines.rig import HEAD, Float64
-from .engines.viseme import Options, VisemeEngine, read_portrait
+from .engines.viseme import GREY, VisemeEngine, read_portrait
 from .errors import AvatarError, ConfigError
 from .media import UInt8
 
@@ -47,14 +49,19 @@ def make_sheet(
     """(H, W, 3) BGR of an avatar of the `viseme` engine that was prepared from `portrait`."""
     manifest = json.loads((avatar.path / "manifest.json").read_text("utf-8"))
     puppet = engine.open(avatar).puppet
-    picture = read_portrait(portrait.read_bytes(), background)
+    film = puppet if isinstance(puppet, FilmPuppet) else None
+    at = film.reference if film is not None else 0
+    if film is not None:
+        picture = np.asarray(cv2.cvtColor(film.plain(at), cv2.COLOR_YUV2BGR_I420), np.uint8)
+    else:
+        picture = read_portrait(portrait.read_bytes(), background)
     origin, axis = np.asarray(puppet.rig.frame, np.float64)
     unit = float(np.linalg.norm(axis))
 
     def drawn(mouth: tuple[float, ...], blink: float = 0.0, **head: float) -> UInt8:
         turn = np.array([head.get(name, 0.0) for name in HEAD], np.float32)
         shape = np.array([*mouth, float(any(mouth))], np.float32)
-        i420 = puppet.draw(Pose(shape, turn, blink))
+        i420 = puppet.draw(Pose(shape, turn, blink, clock=at))
         return np.asarray(cv2.cvtColor(i420, cv2.COLOR_YUV2BGR_I420), np.uint8)
 
     rest = SHAPES["at rest"]
@@ -64,12 +71,15 @@ def make_sheet(
     tiles = [
         _tile(name, _cut(drawn(shape), origin, unit, around)) for name, shape in SHAPES.items()
     ]
-    for name, blink in (("eyes half shut", 0.5), ("eyes shut", 1.0)):
-        tiles.append(_tile(name, _cut(drawn(rest, blink), origin, unit, eyes)))
-    tiles.append(_tile("turned", _cut(drawn(rest, 0, yaw=0.06, roll=-0.02), origin, unit, whole)))
-    tiles.append(
-        _tile("head up", _cut(drawn(SHAPES["eh"], 0, pitch=-0.035, brow=0.6), origin, unit, whole))
-    )
+    if film is not None:
+        tiles += _moments(film)
+    else:
+        for name, blink in (("eyes half shut", 0.5), ("eyes shut", 1.0)):
+            tiles.append(_tile(name, _cut(drawn(rest, blink), origin, unit, eyes)))
+        turned = drawn(rest, 0, yaw=0.06, roll=-0.02)
+        tiles.append(_tile("turned", _cut(turned, origin, unit, whole)))
+        up = drawn(SHAPES["eh"], 0, pitch=-0.035, brow=0.6)
+        tiles.append(_tile("head up", _cut(up, origin, unit, whole)))
     while len(tiles) % _PLAN:
         tiles.append(np.full((_TILE[1] + 26, _TILE[0], 3), _PAPER, np.uint8))
     rows = [np.hstack(tiles[i : i + _PLAN]) for i in range(0, len(tiles), _PLAN)]
@@ -80,19 +90,55 @@ def make_sheet(
     page = [head, *rows]
     found = "given by hand" if manifest.get("given") else "found"
     lines = [f"{portrait.name}: points {found}; {avatar.width} x {avatar.height}"]
+    if film is not None:
+        lines[0] += (
+            f"; {film.frames} pictures, {manifest['driven']} of them driven; "
+            f"{len(film.bank.layers)} inner mouths of its own"
+        )
     lines += [f"- {line}" for line in manifest.get("advice", [])]
     page.append(_text(lines, width))
     return np.asarray(np.vstack(page), np.uint8)
+
+
+def _moments(film: FilmPuppet) -> list[UInt8]:
+    """A clip where its head is most to one side, to the other, high, low, tilted, and nearest: as
+    it is at rest, and speaking; and where its own mouth is widest."""
+    origin, axis = np.asarray(film.rig.frame, np.float64)
+    unit = float(np.linalg.norm(axis))
+    there = np.array([carried(pose, origin) for pose in film.poses])
+    usable = np.flatnonzero(film.strength >= 1)
+    if not len(usable):
+        usable = np.array([film.reference])
+    tilt, size = np.abs(np.angle(film.poses[:, 0])), np.abs(film.poses[:, 0])
+    picks = {
+        "left": np.argmin(there[usable, 0]),
+        "right": np.argmax(there[usable, 0]),
+        "tilted": np.argmax(tilt[usable]),
+        "nearest": np.argmax(size[usable]),
+        "own mouth widest": np.argmax(film.gaps[usable]),
+    }
+    tiles = []
+    for name, pick in picks.items():
+        i = int(usable[int(pick)])
+        for shape in ("at rest", "eh"):
+            mouth = np.array([*SHAPES[shape], float(shape != "at rest")], np.float32)
+            drawn = film.draw(Pose(mouth, np.zeros(len(HEAD), np.float32), clock=i))
+            bgr = np.asarray(cv2.cvtColor(drawn, cv2.COLOR_YUV2BGR_I420), np.uint8)
+            scale = float(size[i])
+            part = _cut(bgr, there[i], unit * scale, (-0.9, -0.75, 0.9, 0.8))
+            tiles.append(_tile(f"{name}: {shape}", part))
+    return tiles
 
 
 def write_sheet(
     engine: VisemeEngine, avatar: Avatar, portrait: Path, options: dict[str, Any], out: Path
 ) -> None:
     """The sheet as a picture file. AvatarError when it can't be written."""
-    background = tuple(options.get("background") or Options().background)
-    if len(background) != 3:
+    background = options.get("background")
+    colour = GREY if background is None or isinstance(background, str) else tuple(background)
+    if len(colour) != 3:
         raise ConfigError("engine option background must be [red, green, blue]")
-    sheet = make_sheet(engine, avatar, portrait, (background[0], background[1], background[2]))
+    sheet = make_sheet(engine, avatar, portrait, (colour[0], colour[1], colour[2]))
     try:
         good, data = cv2.imencode(out.suffix or ".png", sheet)
     except cv2.error:

@@ -23,11 +23,12 @@ from typing import Protocol
 import numpy as np
 
 from . import metrics
-from .engines import EngineSession, Job, Picture
+from .engines import EngineSession, Expressive, Job, Picture
 from .errors import EngineError, InputError, StageError
 from .media import (
     ENGINE_RATE,
     FRAME_RATE,
+    POSES,
     Audio,
     Begin,
     Cancel,
@@ -399,6 +400,8 @@ class Stage:
         self._wake = asyncio.Event()
         self._closed = False
         self._paused = False
+        self._asked = ""  # the pose that somebody wants
+        self._posed = ""  # the one that the engine was told
 
     # -- speech in ---------------------------------------------------------------------------------
 
@@ -503,6 +506,8 @@ class Stage:
                 turn.rewind()
         engine.reset(clock=self._next_clock, ease=self.options.ease)
         self.engine, self._submit = engine, submit
+        self._posed = ""
+        self._pose()
         self._produce()
         self._wake.set()
 
@@ -521,6 +526,34 @@ class Stage:
         """Go on where it was held. Idempotent."""
         self._paused = False
         self._wake.set()
+
+    def pose(self, name: str) -> None:
+        """How the face is held while it doesn't speak: one of `media.POSES`, until another is
+        asked for. A turn that waits for its first sound makes it think; its own speech ends a
+        "thinking". An engine that has no poses goes on as it is. Raises InputError."""
+        if name not in POSES:
+            known = ", ".join(repr(one) for one in POSES)
+            raise InputError(f"there is no pose {name!r}: use one of {known}")
+        self._asked = name
+        self._pose()
+
+    def gesture(self, name: str) -> None:
+        """One gesture, now, whoever speaks. Raises InputError when the engine doesn't know it."""
+        if not isinstance(self.engine, Expressive):
+            raise InputError("this persona's engine makes no gestures")
+        try:
+            self.engine.gesture(name)
+        except EngineError as error:
+            raise InputError(str(error)) from None
+
+    def _pose(self) -> None:
+        """Tell the engine, if it is another one now."""
+        if self.state is State.TALKING and self._asked == "thinking":
+            self._asked = ""  # here is the answer
+        name = "thinking" if self.state is State.PROCESSING else self._asked
+        if name != self._posed and isinstance(self.engine, Expressive):
+            self.engine.pose(name)
+        self._posed = name
 
     def waiting(self) -> list[int]:
         """Numbers of the turns that are not over, in the order they will be spoken."""
@@ -808,6 +841,7 @@ class Stage:
 
     def _move(self, to: State) -> None:
         self.state = move(self.state, to)
+        self._pose()
         if self._on_state is not None:
             self._on_state(to)
 

@@ -321,19 +321,19 @@ class Worker:
             metrics.SESSIONS_REFUSED.inc()
             logger.info("a room was passed on", extra={"reason": reason})
             await request.reject(terminate=False)
-            self._tell(request.job.room.name, order, "refused", reason or "")
+            self._tell(request.job.room.name, order, "refused", reason or "no such persona")
             return
         self._taken[request.id] = time.monotonic()  # before anything is awaited: the cap is hard
         try:
             if talks:  # the job's participant is the agent, and the avatar one of its own
                 title = persona.title or persona.name
                 await request.accept(identity=f"{order.identity}-agent", name=order.name or title)
-                return
-            await request.accept(
-                identity=order.identity,
-                name=order.name or order.identity,
-                attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else None,
-            )
+            else:
+                await request.accept(
+                    identity=order.identity,
+                    name=order.name or order.identity,
+                    attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else None,
+                )
         except BaseException:
             self._taken.pop(request.id, None)
             raise
@@ -418,7 +418,22 @@ class Worker:
             if session is not None:
                 await session.aclose()
 
-        stream = AgentStream(agent=order.agent, on_persona=become, on_leave=leave)
+        def pose(name: str) -> None:
+            if session is not None:
+                session.pose(name)
+
+        def gesture(name: str) -> None:
+            if session is None:
+                raise ConfigError("the avatar is not on air yet: ask again")
+            session.gesture(name)
+
+        stream = AgentStream(
+            agent=order.agent,
+            on_persona=become,
+            on_pose=pose,
+            on_gesture=gesture,
+            on_leave=leave,
+        )
         follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,
@@ -543,7 +558,7 @@ class Worker:
 
 def _talks(persona: Persona, order: Order) -> bool:
     """Whether the worker holds the conversation itself, and isn't only somebody's face."""
-    return persona.agent is not None and not order.agent and not order.follow
+    return persona.agent is not None and not (order.agent or order.follow or order.queue)
 
 
 def _wanted(room: rtc.Room | None, follow: str) -> bool:

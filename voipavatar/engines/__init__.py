@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from .. import metrics
 from ..errors import CapacityError, EngineError
@@ -48,7 +48,7 @@ class EngineInfo:
     needs: tuple[str, ...] = ()
     """Out of "cuda", "weights", "training", "checkout"."""
     can: tuple[str, ...] = ()
-    """Out of "photo", "video", "cues", "idle", "alpha", "batched"."""
+    """Out of "photo", "video", "cues", "idle", "alpha", "batched", "poses"."""
     licence: str = "Apache-2.0"
 
 
@@ -118,6 +118,24 @@ class EngineSession(Protocol):
 
     def cue(self, cues: Sequence[Cue]) -> None:
         """Times known from the voice, in seconds from the turn's start. May be ignored."""
+
+
+@runtime_checkable
+class Expressive(Protocol):
+    """What a session may offer beyond the contract (`EngineInfo.can` has "poses"): a face that
+    shows more than speech. Engines without it are asked for nothing.
+
+    What is asked for begins with the next job, is a pure function of the picture clock from there
+    on, comes and goes smoothly, and leaves the lips alone. An interruption forgets neither: what
+    it unmakes of them begins again at its `clock`.
+    """
+
+    def pose(self, name: str) -> None:
+        """One of `media.POSES`, until another is asked for; speech goes before it. EngineError for
+        a name that is not known."""
+
+    def gesture(self, name: str) -> None:
+        """Once, now: as a cue of kind "gesture". EngineError for a name that is not known."""
 
 
 class Engine(Protocol):

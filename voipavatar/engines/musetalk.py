@@ -47,7 +47,7 @@ from ..faces import (
     prepare_loop,
 )
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps, frames_for, slice_start
-from ..models import Recipe, load_recipe
+from ..models import Recipe, is_random, load_recipe, weights_key
 from . import Avatar, EngineInfo, Job, Progress, Spec
 from .runtimes import (
     BATCHES,
@@ -657,6 +657,8 @@ class Networks:
     """Names the weights that decide what is prepared and drawn."""
     built: bool = False
     """Exported: every hearing has `BUILT_ROWS` rows."""
+    random: bool = False
+    """Random weights: for tests, and to measure speed."""
     spare: list[Runtime] = field(default_factory=list)
     failed: bool = False
 
@@ -678,8 +680,8 @@ class Networks:
         feeds = {"latents": latents, "heard": heard}
         latent = batched(self.imagine, feeds, self.sizes)["latent"]
         good = np.isfinite(latent).all((1, 2, 3))
-        face = batched(self.draw, {"latent": latent}, self.sizes)["face"]
-        return np.asarray(face, np.uint8), good
+        drawn = batched(self.draw, {"latent": latent}, self.sizes)
+        return np.asarray(drawn["face"], np.uint8), good & (drawn["sound"] != 0)
 
 
 def default_device() -> str:
@@ -747,6 +749,7 @@ def torch_networks(
         mels=hearing.mels,
         sizes=_sizes(device),
         key=files.key("unet", "vae", "whisper"),
+        random=is_random(recipe.networks["vae"].weights, folder),
         spare=spare,
     )
 
@@ -766,9 +769,15 @@ def _sizes(device: str) -> tuple[int, ...]:
 
 
 def built_networks(
-    recipe: Recipe, settings: Settings, kind: Kind, device: str, precision: Precision
+    recipe: Recipe,
+    settings: Settings,
+    kind: Kind,
+    device: str,
+    precision: Precision,
+    models: Path | None = None,
 ) -> Networks:
-    """What `voipavatar build` made, on ONNX Runtime or TensorRT. Needs no torch."""
+    """What `voipavatar build` made, on ONNX Runtime or TensorRT. Needs no torch, and no weights;
+    with those in `models` it is compared."""
     folder = built_folder(recipe.name, kind, precision, settings)
     artefacts = Artefacts.load(folder)
     command = (
@@ -784,14 +793,16 @@ def built_networks(
         version = str(tensorrt_module(kind).__version__)
         arch = device_arch(device)
     said = artefacts.data
+    # plans are enough to draw with; where the weights are too, they must be the same
+    weights = weights_key(recipe, models, "unet", "vae", "whisper") if models else None
+    weights = weights or str(said.get("key", {}).get("weights", ""))
     key = ArtefactKey(
         recipe.name,
-        str(said.get("key", {}).get("weights", "")),
+        weights,
         precision,
         kind,
         version,
-        BATCHES,
-        arch,
+        arch=arch,
     )
     artefacts.check(key, command)
 
@@ -824,6 +835,7 @@ def built_networks(
         sizes=(1,) if device == "cpu" else BATCHES,
         key=str(said["key"]["weights"]),
         built=True,
+        random=bool(said.get("random")),
     )
     if kind != "onnxruntime":
         _prove(networks, artefacts, precision, arch)
@@ -892,7 +904,7 @@ class MuseTalk:
         self, settings: Settings, device: str | None = None, finder: Finder | None = None
     ) -> None:
         """`finder` serves `landmarker: mesh`; `mesh_finder`'s unless given."""
-        self._settings = settings
+        self.settings = settings
         self._finder = finder
         self._device = device or default_device()
         self._networks: dict[tuple[str, ...], Networks] = {}
@@ -916,7 +928,7 @@ class MuseTalk:
             raise EngineError("this engine is closed: make another one")
         device = options.device or self._device
         precision = options.precision or ("fp32" if device == "cpu" else "fp16")
-        folder = models_folder(options, self._settings)
+        folder = models_folder(options, self.settings)
         key = (
             recipe.name,
             options.runtime,
@@ -933,10 +945,12 @@ class MuseTalk:
                     raise ConfigError("engine_options.legacy_audio: needs runtime: torch")
                 else:
                     made = built_networks(
-                        recipe, self._settings, options.runtime, device, precision
+                        recipe, self.settings, options.runtime, device, precision, folder
                     )
-                if recipe.generated is None:
+                if not made.random:
                     self_test(made)
+                elif recipe.generated is None:
+                    log.warning("random weights: what they draw means nothing")
                 self._networks[key] = made
             return self._networks[key]
 
@@ -1030,7 +1044,7 @@ class MuseTalk:
 
     def _landmarker(self, options: Options, recipe: Recipe, clip: Clip) -> tuple[Landmarker, str]:
         """The landmarker a persona asks for, and its name."""
-        folder = models_folder(options, self._settings)
+        folder = models_folder(options, self.settings)
         how = options.landmarker
         dwpose = recipe.networks.get("landmarks")
         there = dwpose is not None and (folder / dwpose.weights).is_file()
@@ -1041,7 +1055,7 @@ class MuseTalk:
                 raise ConfigError("landmarker: given, but the persona has no landmarks")
             return Given(clip.fit.points(from_yaml(options.landmarks))), how
         if how == "mesh":
-            finder = self._finder or mesh_finder(self._settings)
+            finder = self._finder or mesh_finder(self.settings)
             return Mesh(partial(finder, at=options.face_at)), how
         if dwpose is None or not there:
             raise ConfigError(
@@ -1061,7 +1075,7 @@ class MuseTalk:
             net = recipe.networks.get("parser")
             there = net is not None and (
                 options.runtime != "torch"
-                or (models_folder(options, self._settings) / net.weights).is_file()
+                or (models_folder(options, self.settings) / net.weights).is_file()
             )
             how = "bisenet" if there else "points"
             if how == "points":

@@ -6,7 +6,7 @@ between: a frame is one pass of `UNet` at t = 0 and one of the decoder of `VAE`;
 
     whisper   (B, 80, 3000) log-mel            -> (B, 1500, 5, 384) hidden states, 50 rows a second
     unet      (B, 8, 32, 32), (B, 50, 384)     -> (B, 4, 32, 32), the new latent itself
-    decoder   (B, 4, 32, 32)                   -> (B, 256, 256, 3) uint8, BGR
+    decoder   (B, 4, 32, 32)                   -> (B, 256, 256, 3) uint8, BGR; (B,) uint8, 1: sound
     encoder   (B, 3, 256, 256) in -1..1        -> (B, 4, 32, 32), the mean of the distribution
     bisenet   (B, 3, 512, 512)                 -> (B, 19, 512, 512) logits
 
@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..avatar import digest, write_atomic, write_json
+from ..avatar import write_atomic, write_json
 from ..errors import ConfigError
-from ..models import Recipe, checkpoint_key, load_tensors, read_config, require
+from ..models import Recipe, load_tensors, mark_random, read_config, require, weights_key
 
 LATENT_SCALE = 0.18215
 """Stable Diffusion's scale between what the VAE encodes and what the UNet sees."""
@@ -800,7 +800,7 @@ class Draw(nn.Module):
     """
 
     inputs = ("latent",)
-    outputs = ("face",)
+    outputs = ("face", "sound")
 
     @torch.no_grad()
     def __init__(self, vae: VAE) -> None:
@@ -813,11 +813,15 @@ class Draw(nn.Module):
         last.weight.copy_(last.weight.flip(0))
         last.bias.copy_(last.bias.flip(0))
 
-    def forward(self, latent: Tensor) -> Tensor:
-        """(B, 4, 32, 32) fp32 -> (B, 256, 256, 3) uint8, BGR."""
-        x = self.decoder(self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype)))
-        x = (x.float() / 2 + 0.5).clamp(0, 1) * 255
-        return x.round().permute(0, 2, 3, 1).to(torch.uint8)
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 4, 32, 32) fp32 -> (B, 256, 256, 3) uint8, BGR; (B,) uint8, 0 where the numbers ran
+        over in half precision: such a face is black or in patches, and can't be told by its pixels.
+        """
+        x = self.decoder(self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype))).float()
+        # the mean is no number if one of them isn't; good ones lie within about -1..1
+        sound = (x.mean((1, 2, 3)).abs() < 100).to(torch.uint8)
+        x = (x / 2 + 0.5).clamp(0, 1) * 255
+        return x.round().permute(0, 2, 3, 1).to(torch.uint8), sound
 
 
 class Look(nn.Module):
@@ -957,12 +961,8 @@ class Files:
         self.folder = folder
 
     def key(self, *names: str) -> str:
-        """A name for the content of these networks' weights; what isn't there counts as such."""
-        parts = []
-        for name in names or sorted(self.recipe.networks):
-            path = self._weights(name)
-            parts.append((name, checkpoint_key(path) if path and path.is_file() else None))
-        return digest(parts)
+        """A name for the content of these networks' weights; empty if one isn't there."""
+        return weights_key(self.recipe, self.folder, *(names or sorted(self.recipe.networks))) or ""
 
     def has(self, name: str) -> bool:
         path = self._weights(name)
@@ -1116,6 +1116,7 @@ def generate(recipe: Recipe, folder: Path, seed: int = 0) -> None:
             if name == "whisper":
                 state = {f"model.encoder.{key}": value for key, value in state.items()}
             _save(folder / net.weights, state, new=name != "parser")
+            mark_random(folder, net.weights)
 
 
 def _save(path: Path, state: dict[str, Tensor], new: bool) -> None:

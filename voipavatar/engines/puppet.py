@@ -35,6 +35,9 @@ from .rig import (
 
 Pixels = TypeVar("Pixels", UInt8, Float32)
 
+_TILE = 32
+"""Pixels; where a person stands before something else, tiles that are all person cost nothing."""
+
 # --- drawing --------------------------------------------------------------------------------------
 
 
@@ -50,6 +53,8 @@ class Pose:
     """0 open, 1 shut."""
     wink: float = 0.0
     """The same, of the eye on the left alone."""
+    gaze: tuple[float, float] = (0.0, 0.0)
+    """Where the eyes look, right and down from the portrait's own look, in radii of the iris."""
     clock: int = 0
     """The picture clock: which picture of a film is under the mouth."""
 
@@ -83,7 +88,7 @@ class Puppet:
         self.rig = rig
         luma, chroma = planes(rig.image)
         self.height, self.width = luma.shape
-        self._luma = double(luma)
+        self._luma = double(luma, float(rig.boost))
         self._chroma = np.ascontiguousarray(chroma.transpose(1, 2, 0))
         region = _ints(rig.region)
         self._region = region
@@ -103,7 +108,22 @@ class Puppet:
         seam = ((upper + lower)[5] / 2 - rig.frame[0]) @ self._down
         self._seam = float(seam) / self._unit
         self._own_teeth = bool(rig.teeth[4, ..., 3].any())
+        # The balls of the eyes, in luma and in chroma, each with its parts put together at rest.
+        self._balls = [
+            [(*ball[:4], ball[0] * (1 - ball[1]) + ball[2] + ball[3], ball[4]) for ball in both]
+            for both in (
+                (rig.left_ball_luma, rig.left_ball_chroma),
+                (rig.right_ball_luma, rig.right_ball_chroma),
+            )
+        ]
         self._grain = np.random.default_rng(7).normal(0, 1.0, (256, 256)).astype(np.float32)
+        self._still: UInt8 = rig.image
+        self._alpha: UInt8 | None = None
+        if rig.alpha.size:
+            self._alpha = double(rig.alpha)
+            self._still = self._before(rig)
+            self._edges = self._outline(rig)
+            self._behind = _cut(rig.behind, region)
         self._columns = np.arange(width, dtype=np.float32) + x
         self._rows = (np.arange(height, dtype=np.float32) + y)[:, None]
 
@@ -118,19 +138,22 @@ class Puppet:
 
     def draw(self, pose: Pose) -> UInt8:
         """The picture, I420, its own memory."""
-        out: UInt8 = self.rig.image.copy()
+        out: UInt8 = self._still.copy()
         both = min(BLINKS, round(float(pose.blink) * BLINKS))
         blink = (max(both, min(BLINKS, round(float(pose.wink) * BLINKS))), both)
         weights = mouth_weights(pose.mouth)
         talks = bool(np.any(np.abs(weights) > 1e-4))
         moves = bool(np.any(pose.head))
-        if not (talks or moves or any(blink)):
+        looks = bool(pose.gaze[0] or pose.gaze[1])
+        if not (talks or moves or looks or any(blink)):
             return out
         kept = self._shut_eyes(blink)
         try:
+            if looks:
+                kept += self._turn_eyes(pose.gaze, blink)
             self._draw(out, pose, weights, talks, moves)
         finally:
-            for view, pixels in kept:
+            for view, pixels in reversed(kept):
                 view[:] = pixels
         return out
 
@@ -153,6 +176,41 @@ class Puppet:
                 view[:] = pixels
         return kept
 
+    def _turn_eyes(
+        self, gaze: tuple[float, float], blink: tuple[int, int]
+    ) -> list[tuple[UInt8, UInt8]]:
+        """Move the irises in the source; gives what was there. The light in them, which is a
+        reflection, moves half as far."""
+        kept = []
+        rig = self.rig
+        for i, seen in enumerate((rig.left_seen, rig.right_seen)):
+            radius, reach = float(rig.irises[i, 2]), float(rig.irises[i, 3])
+            dx, dy = (float(np.clip(v * radius, -reach, reach)) for v in gaze)
+            if blink[i] == BLINKS or not (dx or dy):
+                continue
+            x, y, width, height = _ints(rig.gaze_boxes[i])
+            big = self._luma[2 * y : 2 * (y + height), 2 * x : 2 * (x + width)]
+            small = self._chroma[y // 2 : (y + height) // 2, x // 2 : (x + width) // 2]
+            # What was put together is nearly what the portrait has; the difference goes with the
+            # first bit of the way, so that nothing jumps where an eye begins to move.
+            gone = np.float32(smoothstep(math.hypot(dx, dy) / (0.25 * radius)))
+            share = seen[blink[i]].astype(np.float32) * np.float32(1 / 255)
+            less = _resized(share, width // 2, height // 2, cv2.INTER_AREA)[..., None]
+            for view, ball, part, scale in (
+                (big, self._balls[i][0], share, 2.0),
+                (small, self._balls[i][1], less, 0.5),
+            ):
+                white, covered, iris, light, rest, own = ball
+                kept.append((view, view.copy()))
+                change = white * (1 - _slid(covered, dx * scale, dy * scale))
+                change += _slid(iris, dx * scale, dy * scale)
+                change += _slid(light, dx * scale / 2, dy * scale / 2)
+                change -= rest + (own - rest) * gone
+                change *= part
+                change += view
+                view[:] = np.clip(np.rint(change), 16, 240)
+        return kept
+
     def _draw(self, out: UInt8, pose: Pose, weights: Float32, talks: bool, moves: bool) -> None:
         x, y, width, height = self._region
         nodes = self._nodes
@@ -163,18 +221,75 @@ class Puppet:
             shift = _resized(small, width // 2 + 4, height // 2 + 4, cv2.INTER_LINEAR)[1:-1, 1:-1]
             nodes = nodes - shift
         if not talks:
-            luma, chroma = self._sample(nodes)
+            luma, chroma, full = self._sample(nodes)
         else:
-            luma, chroma = self._talking(nodes, shift, weights)
+            luma, chroma, full = self._talking(nodes, shift, weights)
+        if self._alpha is not None:
+            self._stand(full, luma, chroma)
         plane, colours = planes(out)
         plane[y : y + height, x : x + width] = luma
         colours[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2] = chroma.transpose(
             2, 0, 1
         )
 
+    @staticmethod
+    def _before(rig: Rig) -> UInt8:
+        """The person as in the portrait, before what is behind."""
+        out: UInt8 = rig.behind.copy()
+        for view, person, share in zip(
+            planes(out), planes(rig.image), _shares(rig.alpha), strict=True
+        ):
+            mixed = view.astype(np.float32)
+            mixed += (person - mixed) * share
+            view[:] = np.rint(mixed)
+        return out
+
+    def _outline(self, rig: Rig) -> list[tuple[bool, int, int, int, int]]:
+        """Boxes of the region (top, bottom, left, right) in which the person isn't all there is,
+        however the head moves; True for those in which nothing of it ever is."""
+        x, y, width, height = self._region
+        reach = 2 * math.ceil(0.13 * self._unit) + 1
+        kernel = np.ones((reach, reach), np.uint8)
+        part = np.ascontiguousarray(rig.alpha[y : y + height, x : x + width])
+        most, least = cv2.dilate(part, kernel), cv2.erode(part, kernel)
+        out: list[tuple[bool, int, int, int, int]] = []
+        for top in range(0, height, _TILE):
+            bottom = min(height, top + _TILE)
+            before: bool | None = None
+            for left in range(0, width, _TILE):
+                right = min(width, left + _TILE)
+                tile = np.s_[top:bottom, left:right]
+                kind = None if least[tile].min() == 255 else not most[tile].any()
+                if kind is not None and kind == before:
+                    out[-1] = (*out[-1][:4], right)
+                elif kind is not None:
+                    out.append((kind, top, bottom, left, right))
+                before = kind
+        return out
+
+    def _stand(self, full: Float32, luma: UInt8, chroma: UInt8) -> None:
+        """Put the region before what is behind, which stays while the head moves. `full` is where
+        the luma was sampled."""
+        assert self._alpha is not None
+        for empty, top, bottom, left, right in self._edges:
+            box = np.s_[top:bottom, left:right]
+            small = np.s_[top // 2 : bottom // 2, left // 2 : right // 2]
+            if empty:
+                luma[box], chroma[small] = self._behind[0][box], self._behind[1][small]
+                continue
+            cover = _at(self._alpha, full[box])
+            size = ((right - left) // 2, (bottom - top) // 2)
+            less = np.asarray(cv2.resize(cover, size, interpolation=cv2.INTER_AREA), np.uint8)
+            for view, behind, share in (
+                (luma[box], self._behind[0][box], cover),
+                (chroma[small], self._behind[1][small], np.dstack((less, less))),
+            ):
+                mine = cv2.multiply(view, share, scale=1 / 255)
+                view[:] = cv2.add(mine, cv2.multiply(behind, ~share, scale=1 / 255))
+
     def _talking(
         self, nodes: Float32, shift: Float32 | None, weights: Float32
-    ) -> tuple[UInt8, UInt8]:
+    ) -> tuple[UInt8, UInt8, Float32]:
         """The region with the mouth in it: two layers, and the inner mouth where they part."""
         x, y, width, height = self._mouth_box
         anchors, upper, lower = self._lips(weights, shift)
@@ -198,8 +313,8 @@ class Puppet:
         part = nodes[row : row + height // 2, column : column + width // 2]
         part[: last // 2 - 1] = over[:-1]
         part[last // 2 - 1 :] = under[(last - first) // 2 - 1 :]
-        luma, chroma = self._sample(nodes)
-        low_luma, low_chroma = self._sample(band)
+        luma, chroma, full = self._sample(nodes)
+        low_luma, low_chroma, _ = self._sample(band)
         rows = self._rows[first:last]
         share = np.clip((rows - line) / soft + np.float32(0.5), 0, 1)
         dy, dx = y - self._region[1] + first, x - self._region[0]
@@ -208,7 +323,7 @@ class Puppet:
         half = _resized(share, width // 2, (last - first) // 2, cv2.INTER_AREA)
         _blend(tones, low_chroma, half[..., None])
         self._inner_over(luma, chroma, anchors, upper, lower, weights, self._region)
-        return luma, chroma
+        return luma, chroma, full
 
     def _lips(self, weights: Float32, shift: Float32 | None) -> tuple[Float32, Float64, Float64]:
         """The mouth's frame (its origin, a point along it, a point below it), and both lips'
@@ -244,12 +359,14 @@ class Puppet:
         carried: Float32 = at * np.float32(2.0) + origin
         return carried
 
-    def _sample(self, nodes: Float32) -> tuple[UInt8, UInt8]:
-        """Luma and chroma where padded half-resolution `nodes` (h + 2, w + 2, 2) say."""
+    def _sample(self, nodes: Float32) -> tuple[UInt8, UInt8, Float32]:
+        """Luma and chroma where padded half-resolution `nodes` (h + 2, w + 2, 2) say, and those
+        places for luma, at twice the picture's resolution."""
         rows, columns = nodes.shape[:2]
         full = _resized(nodes * np.float32(2.0), columns * 2, rows * 2, cv2.INTER_LINEAR)
         half = (nodes[1:-1, 1:-1] - np.float32(0.5)) * np.float32(0.5)
-        return _at(self._luma, full[2:-2, 2:-2]), _at(self._chroma, half)
+        full = full[2:-2, 2:-2]
+        return _at(self._luma, full), _at(self._chroma, half), full
 
     def _carry_points(self, points: Float32, shift: Float32) -> Float32:
         """Where the head's motion takes points: the backward motion, inverted by iteration."""
@@ -375,6 +492,13 @@ class Puppet:
         Y U V; `place` (2, 3) takes pixels of the inner layers to it, the lips' edges lie in it."""
 
 
+def _slid(picture: Float32, dx: float, dy: float) -> Float32:
+    """`picture` moved right and down, nothing beyond its edges."""
+    move = np.array([[1.0, 0.0, dx], [0.0, 1.0, dy]])
+    size = (picture.shape[1], picture.shape[0])
+    return cast(Float32, cv2.warpAffine(picture, move, size, flags=cv2.INTER_LINEAR))
+
+
 def _at(picture: Pixels, where: Float32, outside: int = cv2.BORDER_REPLICATE) -> Pixels:
     """`picture` sampled at `where` (h, w, 2), as (x, y)."""
     remap: Any = cv2.remap  # its stub has no room for the second map's None
@@ -402,6 +526,23 @@ def _blend(under: UInt8, over: npt.NDArray[Any], share: Float32) -> None:
     base = under.astype(np.float32)
     base += (over - base) * share
     under[:] = np.rint(base)
+
+
+def _cut(image: UInt8, box: tuple[int, int, int, int]) -> tuple[UInt8, UInt8]:
+    """Luma (h, w) and chroma (h/2, w/2, 2) of a box of an I420 picture, their own memory."""
+    x, y, width, height = box
+    plane, colours = planes(image)
+    part = colours[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2]
+    return plane[y : y + height, x : x + width].copy(), np.ascontiguousarray(
+        part.transpose(1, 2, 0)
+    )
+
+
+def _shares(alpha: UInt8) -> tuple[Float32, Float32]:
+    """How much of luma and of chroma is the person, 0 to 1."""
+    share: Float32 = (alpha / np.float32(255)).astype(np.float32)
+    size = (alpha.shape[1] // 2, alpha.shape[0] // 2)
+    return share, _resized(share, *size, cv2.INTER_AREA)
 
 
 def _ints(box: npt.NDArray[np.int32]) -> tuple[int, int, int, int]:

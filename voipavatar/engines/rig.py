@@ -250,8 +250,18 @@ def curve(points: Float64, count: int) -> Float64:
     )
 
 
-def double(plane: UInt8) -> UInt8:
-    """Twice the size; sample (2i, 2j) is exactly the old (i, j), the rest is Lanczos between."""
+def double(plane: UInt8, boost: float = 0.0) -> UInt8:
+    """Twice the size; sample (2i, 2j) is exactly the old (i, j), the rest is Lanczos between.
+
+    With `boost` the samples between are sharper than that, to make up for what is lost when
+    pixels are fetched from between samples; see `boost_for`.
+    """
+    if boost:
+        fine = double(plane).astype(np.float32)
+        soft = double(np.asarray(cv2.GaussianBlur(plane, (0, 0), 0.8), np.uint8)).astype(np.float32)
+        sharp = np.clip(np.rint(fine + boost * (fine - soft)), 0, 255).astype(np.uint8)
+        sharp[::2, ::2] = plane
+        return sharp
     height, width = plane.shape[:2]
     x = np.arange(width * 2, dtype=np.float32) / 2
     y = np.arange(height * 2, dtype=np.float32) / 2
@@ -265,6 +275,40 @@ def double(plane: UInt8) -> UInt8:
             borderMode=cv2.BORDER_REPLICATE,
         ),
     )
+
+
+_PHASES = ((0.25, 0.25), (0.5, 0.5), (0.5, 0), (0, 0.5), (0.25, 0.75), (0.75, 0.5), (0.1, 0.9))
+
+
+def boost_for(luma: UInt8) -> float:
+    """The boost of `double` with which a picture that is moved by parts of a pixel stays, on
+    average, nearly as sharp and as grainy as it is: by the variance of its Laplacian."""
+
+    def sharpness(picture: UInt8) -> float:
+        found = cv2.Laplacian(picture, cv2.CV_32F)
+        return float(found[2:-2, 2:-2].var())
+
+    height, width = luma.shape
+    x = np.arange(width, dtype=np.float32) * 2
+    y = np.arange(height, dtype=np.float32)[:, None] * 2
+    still = sharpness(luma)
+    best = 0.0
+    for boost in (0.0, 0.1, 0.2, 0.3, 0.4):
+        fine = double(luma, boost)
+        found = [
+            sharpness(_pull_8(fine, np.broadcast_to(x + 2 * a, luma.shape), y + 2 * b))
+            for a, b in _PHASES
+        ]
+        best = boost
+        if np.mean(found) >= 0.95 * still:
+            break
+    return best
+
+
+def _pull_8(picture: UInt8, x: Any, y: Any) -> UInt8:
+    x, y = np.broadcast_arrays(x, y)
+    x, y = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(y, np.float32)
+    return cast(UInt8, cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
 
 
 def luma_chroma(bgr: npt.NDArray[Any]) -> tuple[Float32, Float32]:
@@ -296,6 +340,8 @@ class Rig:
 
     image: UInt8
     """The portrait, I420."""
+    boost: Float32
+    """(): what `double` is to be told of the luma."""
     region: npt.NDArray[np.int32]
     """No pixel outside this box ever changes. Multiples of 4."""
     head: Float32
@@ -323,6 +369,26 @@ class Rig:
     """(BLINKS, h/2, w/2, 2)"""
     right_luma: UInt8
     right_chroma: UInt8
+    irises: Float32
+    """(2, 4): x, y, radius of each iris, and how far it may move, in pixels; 0 where it can't."""
+    gaze_boxes: npt.NDArray[np.int32]
+    """(2, 4): the part of the picture in which an iris moves; multiples of 4."""
+    left_ball_luma: Float32
+    """(5, 2h, 2w): the white of the eye, how much the iris covers (0 to 1), the iris times that,
+    what the light that is reflected in it adds, and the eye as it is in the portrait; luma at twice
+    the resolution."""
+    left_ball_chroma: Float32
+    """(5, h/2, w/2, 2): the same, less 128."""
+    left_seen: UInt8
+    """(BLINKS + 1, 2h, 2w): how much of the eyeball is seen, 0 to 255, at every step of a blink."""
+    right_ball_luma: Float32
+    right_ball_chroma: Float32
+    right_seen: UInt8
+    alpha: UInt8
+    """(h, w): how much of a pixel is the person, where something else is to be behind; then `image`
+    holds the person's colours alone. (0, 0) without that."""
+    behind: UInt8
+    """What is behind, I420; (0, 0) without that."""
 
 
 INNER = (-0.36, -0.12, 0.72, 0.48)
@@ -355,15 +421,23 @@ def build(bgr: UInt8, marks: Landmarks, motion: float) -> Rig:
     frame = _mouth_frame(marks)
     mouth_box, mouth, ring_motion = _mouth_fields(marks, frame, width, height)
     region, head = _head_fields(marks, frame, mouth_box, width, height, motion)
-    boxes, lumas, chromas = [], [], []
+    boxes, lumas, chromas, seens, balls = [], [], [], [], []
     image = to_i420(bgr)
+    left, top, right, bottom = (round(v) for v in marks.box)
+    face = planes(image)[0][max(0, top) : bottom, max(0, left) : right]
+    boost = boost_for(np.ascontiguousarray(face))
     for eye, brow in ((marks.left_eye, marks.left_brow), (marks.right_eye, marks.right_brow)):
-        box, luma, chroma = _lids(bgr, image, marks, eye, brow)
+        box, luma, chroma, seen = _lids(bgr, image, marks, eye, brow, boost)
         boxes.append(box)
         lumas.append(luma)
         chromas.append(chroma)
+        seens.append(seen)
+    eyes = marks.left_eye, marks.right_eye
+    for eye, box, seen, iris in zip(eyes, boxes, seens, _limbi(bgr, *eyes), strict=True):
+        balls.append(_eyeball(bgr, marks.unit, replace(eye, iris=np.array(iris)), box, seen))
     return Rig(
         image=image,
+        boost=np.asarray(boost, np.float32),
         region=np.asarray(region, np.int32),
         head=head,
         mouth_box=np.asarray(mouth_box, np.int32),
@@ -377,6 +451,16 @@ def build(bgr: UInt8, marks: Landmarks, motion: float) -> Rig:
         left_chroma=chromas[0],
         right_luma=lumas[1],
         right_chroma=chromas[1],
+        irises=np.asarray([ball.iris for ball in balls], np.float32),
+        gaze_boxes=np.asarray([ball.box for ball in balls], np.int32),
+        left_ball_luma=balls[0].luma,
+        left_ball_chroma=balls[0].chroma,
+        left_seen=balls[0].seen,
+        right_ball_luma=balls[1].luma,
+        right_ball_chroma=balls[1].chroma,
+        right_seen=balls[1].seen,
+        alpha=np.zeros((0, 0), np.uint8),
+        behind=np.zeros((0, 0), np.uint8),
     )
 
 
@@ -656,9 +740,10 @@ def _head_fields(
 
 
 def _lids(
-    bgr: UInt8, image: UInt8, marks: Landmarks, eye: Eye, brow: Float64
-) -> tuple[tuple[int, int, int, int], UInt8, UInt8]:
-    """The eye's box, and its pixels for every step of a blink."""
+    bgr: UInt8, image: UInt8, marks: Landmarks, eye: Eye, brow: Float64, boost: float
+) -> tuple[tuple[int, int, int, int], UInt8, UInt8, Float32]:
+    """The eye's box, its pixels for every step of a blink, and how much of the eyeball is seen
+    (0 to 1, from the open eye on)."""
     height, width = bgr.shape[:2]
     unit = marks.unit
     low = np.minimum(eye.upper.min(0), eye.lower.min(0))
@@ -737,9 +822,20 @@ def _lids(
     shut = upper + 0.86 * (lower - upper)
     arch = np.sin(np.pi * place.clip(0, 1)) ** 0.7
     lid_top = upper - (0.40 * (lower - upper) + 0.03 * size) * arch
-    luma0, chroma0 = _eye_planes(image, box)
+    luma0, chroma0 = _eye_planes(image, box, boost)
     lumas, chromas = [], []
     ends = smoothstep(np.minimum(place, 1 - place) * 12 + 0.5)
+    # The eyeball is what is between the lids, but for their lashes and the wet rim of the lower.
+    opening = smoothstep((rows - upper) / (0.011 * size)) * smoothstep(
+        (lower - rows) / (0.009 * size) + 0.4
+    )
+    opening = opening * smoothstep(np.minimum(place, 1 - place) * 14)
+    dark = _pull(lashes, across, (upper - rows).clip(-1, len(heights) - 1))
+    opening = opening * (1 - smoothstep(dark / 0.3) * (rows < upper + 1))
+    solid = _solid(source, opening, size)[..., None]
+    opening = opening * (1 - solid[..., 0])
+    seen = [opening]
+    grain = _grain(bgr[y0 : y0 + box_h, x0 : x0 + box_w])[..., None]
     for step in range(1, BLINKS + 1):
         close = step / BLINKS
         edge_y = upper + close * (shut - upper)
@@ -763,7 +859,7 @@ def _lids(
         light = 1 + close * (0.05 * np.sin(np.pi * depth) - 0.05 * depth)
         light -= close * 0.03 * np.abs(2 * place.clip(0, 1) - 1) ** 2.5
         light -= close * 0.05 * np.exp(-(((rows - lid_top) / (0.014 * size)) ** 2)) * arch
-        lid = lid * light[..., None]
+        lid = lid * light[..., None] + grain
         swift = smoothstep(close * 3)
         cover = np.clip(edge_y - rows + 0.5, 0, 1) * ends * swift
         cover = cover * smoothstep((rows - lid_top) / (0.35 * (upper - lid_top) + 2))
@@ -784,8 +880,17 @@ def _lids(
         hairs = (hairs * smoothstep(height + 0.5) * sides * swift)[..., None]
         picture = picture * (1 - hairs) + lash * hairs
         picture = picture * (1 - amount) + lash * amount
+        picture = picture * (1 - solid) + source * solid
         border = _window(
             grid_nodes((0, 0, box_w * 2, box_h * 2), 1), (0, 0, box_w * 2, box_h * 2), 8
+        )
+        seen.append(
+            opening
+            * (1 - low_lid[..., 0])
+            * shade
+            * (1 - cover)
+            * (1 - hairs[..., 0])
+            * (1 - amount[..., 0])
         )
         luma, chroma = luma_chroma(picture)
         old_luma, old_chroma = luma_chroma(source)
@@ -796,7 +901,217 @@ def _lids(
             interpolation=cv2.INTER_AREA,
         )
         chromas.append(np.clip(np.rint(chroma0 + change), 16, 240))
-    return box, np.stack(lumas).astype(np.uint8), np.stack(chromas).astype(np.uint8)
+    closing = np.stack(lumas).astype(np.uint8), np.stack(chromas).astype(np.uint8)
+    return box, *closing, np.stack(seen).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ball:
+    """An eyeball's moving parts; see `Rig`."""
+
+    iris: tuple[float, float, float, float]
+    box: tuple[int, int, int, int]
+    luma: Float32
+    chroma: Float32
+    seen: UInt8
+
+
+def _eyeball(
+    bgr: UInt8, unit: float, eye: Eye, lid_box: tuple[int, int, int, int], seen: Float32
+) -> _Ball:
+    """Takes an eye apart: the white, and upon it the iris and the light in it.
+
+    What the portrait hides of them is made up: the white behind the iris from the white beside it,
+    the iris under the lids from what is seen of it at the same distance from the pupil.
+    """
+    height, width = bgr.shape[:2]
+    x, y, radius = (float(v) for v in eye.iris)
+    low = np.minimum(eye.upper.min(0), eye.lower.min(0))
+    high = np.maximum(eye.upper.max(0), eye.lower.max(0))
+    reach = 1.3 * radius + 0.02 * unit
+    far_x, far_y = lid_box[0] + lid_box[2], lid_box[1] + lid_box[3]
+    box = _box(
+        max(lid_box[0], min(low[0], x - reach)),
+        max(lid_box[1], min(low[1], y - reach)),
+        min(far_x, max(high[0], x + reach)),
+        min(far_y, max(high[1], y + reach)),
+        width,
+        height,
+    )
+    box_x, box_y, box_w, box_h = box
+    source = double(np.ascontiguousarray(bgr[box_y : box_y + box_h, box_x : box_x + box_w]))
+    pixels = source.astype(np.float64)
+    top, left = (box_y - lid_box[1]) * 2, (box_x - lid_box[0]) * 2
+    part = seen[:, top : top + 2 * box_h, left : left + 2 * box_w]
+    opening = part[0].astype(np.float64)
+    columns = np.arange(box_w * 2, dtype=np.float64)
+    rows = np.arange(box_h * 2, dtype=np.float64)[:, None]
+    big = 2 * radius
+    across, down = columns - 2 * (x - box_x), rows - 2 * (y - box_y)
+    away = np.sqrt(across**2 + down**2) / big
+
+    # The white: bright, in the opening, not of the iris.
+    luma = luma_chroma(pixels)[0].astype(np.float64)
+    sure = cv2.erode(opening, np.ones((3, 3))) * smoothstep((away - 1.14) / 0.06)
+    bright = float(np.percentile(luma[sure > 0.8], 75)) if (sure > 0.8).sum() > 12 else 0.0
+    sure = sure * smoothstep((luma - 0.70 * bright) / (0.16 * bright + 1))
+
+    def spread(along: float, tall: float) -> tuple[Float64, Float64]:
+        blur = (0.4 * big * along, 0.4 * big * tall)
+        total = cv2.GaussianBlur(sure, (0, 0), blur[0], sigmaY=blur[1])
+        mean = cv2.GaussianBlur(pixels * sure[..., None], (0, 0), blur[0], sigmaY=blur[1])
+        return cast(Float64, mean / np.maximum(total, 1e-9)[..., None]), cast(Float64, total)
+
+    white, weight = spread(4.0, 3.0)
+    for along, tall in ((2.2, 1.0), (1.4, 0.4)):
+        finer, total = spread(along, tall)
+        share = smoothstep(total / 0.02)[..., None]
+        white = white + (finer - white) * share
+
+    # The iris as it is on average at each distance from its middle.
+    inside = cv2.erode(opening, np.ones((3, 3))) > 0.9
+    steps = np.linspace(0, 1.24, 32)
+    ring = np.minimum((away / steps[1]).astype(int), len(steps) - 1)
+    means = np.zeros((len(steps), 3))
+    known = []
+    for i in range(len(steps)):
+        some = pixels[inside & (ring == i)]
+        if len(some) >= 4:
+            means[i] = np.median(some, 0)
+            known.append(i)
+    usable = len(known) >= 8 and (sure > 0.5).sum() > 0.12 * big * big
+    usable = usable and float(eye.lower[:, 1].max() - eye.upper[:, 1].min()) > 0.55 * radius
+    if usable:
+        for c in range(3):
+            means[:, c] = np.interp(np.arange(len(steps)), known, means[known, c])
+        model = np.stack([np.interp(away, steps, means[:, c]) for c in range(3)], -1)
+        # What is made up has the portrait's grain.
+        grain = _grain(bgr[box_y : box_y + box_h, box_x : box_x + box_w])[..., None]
+        white, model = white + grain, model + grain
+        covered = smoothstep((1.13 - away) / 0.11)
+        deep = cv2.erode(opening, np.ones((5, 5)))
+        deep = smoothstep(cv2.GaussianBlur(deep, (0, 0), 0.05 * big) * 1.6 - 0.5)
+        # Light in the eye: much brighter than the iris is there.
+        glint = smoothstep((luma - luma_chroma(model)[0] - 34) / 30) * (away < 0.98) * deep
+        glint = cv2.GaussianBlur(cv2.dilate(glint, np.ones((3, 3))), (0, 0), 0.7)
+        own = np.maximum(deep, smoothstep((away - 1.06) / 0.1))[..., None]
+        full = pixels * own + model * (1 - own)
+        plain = full + (model - full) * glint[..., None]
+        light = (full - plain) * covered[..., None]
+        # Beside the iris the white is as it is, behind it as it was made up.
+        behind = smoothstep((1.26 - away) / 0.14)[..., None]
+        # The lids shade it at its edge.
+        depth = cv2.GaussianBlur(opening, (0, 0), 0.13 * big, sigmaY=0.16 * big)
+        white = white * (0.80 + 0.20 * smoothstep((depth - 0.42) / 0.45))[..., None]
+        ball = pixels + (white - pixels) * behind
+        usable = float(np.abs(plain - white)[(away < 0.9) & inside].mean()) > 9
+    if not usable:
+        covered = np.zeros_like(away)
+        ball, plain, light = pixels, pixels, np.zeros_like(pixels)
+    lumas, chromas = [], []
+    half = (box_w // 2, box_h // 2)
+    for layer, times in ((ball, None), (plain, covered), (light, None), (pixels, None)):
+        bright_part, colour = luma_chroma(layer)
+        colour = colour - 128
+        if layer is light:  # a difference: no offset
+            bright_part = bright_part - 16
+        if times is not None:
+            lumas.append(times)
+            small = cv2.resize(times, half, interpolation=cv2.INTER_AREA)
+            chromas.append(np.repeat(small[..., None], 2, -1))
+            bright_part, colour = bright_part * times, colour * times[..., None]
+        lumas.append(bright_part)
+        chromas.append(cv2.resize(colour, half, interpolation=cv2.INTER_AREA))
+    room = min(x - 0.7 * radius - low[0], high[0] - x - 0.7 * radius)
+    reach = float(np.clip(room, 0, 0.8 * radius)) if usable else 0.0
+    return _Ball(
+        (x, y, radius, reach),
+        box,
+        np.stack(lumas).astype(np.float32),
+        np.stack(chromas).astype(np.float32),
+        np.rint(part * 255).astype(np.uint8),
+    )
+
+
+def _grain(bgr: UInt8) -> Float64:
+    """Noise (2h, 2w) as fine and as strong as the picture's own, at twice its resolution.
+
+    The strength is by J. Immerkaer, "Fast Noise Variance Estimation" (1996), the median in place of
+    the mean, since edges are no noise.
+    """
+    grey = bgr.mean(-1, dtype=np.float32)
+    mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+    found = np.abs(cv2.filter2D(grey, -1, mask))[1:-1, 1:-1]
+    strength = float(np.median(found)) / 0.6745 / 6 if found.size else 0.0
+    noise = np.random.default_rng(5).normal(0, strength, grey.shape).astype(np.float32)
+    return cast(Float64, cv2.resize(noise, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) * 1.0)
+
+
+_GROW = np.geomspace(0.8, 1.75, 20)
+
+
+def _limbi(bgr: UInt8, left: Eye, right: Eye) -> list[tuple[float, float, float]]:
+    """Both irises (x, y, radius), moved to where their edge against the white is clearest; both
+    larger or smaller than they were found by the same share."""
+    sides = [_limbus(bgr, eye) for eye in (left, right)]
+    best = int((sides[0][0] + sides[1][0]).argmax())
+    out = []
+    for eye, (_, middles) in zip((left, right), sides, strict=True):
+        x, y = (float(v) for v in middles[best])
+        out.append((x, y, float(eye.iris[2] * _GROW[best])))
+    return out
+
+
+def _limbus(bgr: UInt8, eye: Eye) -> tuple[Float64, Float64]:
+    """How clear an iris's edge is at its best place, for every size of it; and those places."""
+    x, y, radius = (float(v) for v in eye.iris)
+    reach = math.ceil(3.2 * radius) + 4
+    x0, y0 = max(0, round(x) - reach), max(0, round(y) - reach)
+    part = np.ascontiguousarray(bgr[y0 : round(y) + reach, x0 : round(x) + reach])
+    grey = cv2.GaussianBlur(part, (0, 0), max(0.6, 0.05 * radius)).mean(-1, dtype=np.float32)
+    angles = np.radians(np.r_[-36:37:4, 144:217:4])
+    around = np.stack([np.cos(angles), np.sin(angles)], -1)
+    # How far aside; what is far from where it was found counts less.
+    aside = np.stack(np.meshgrid(np.linspace(-0.24, 0.24, 13), np.linspace(-0.2, 0.2, 5)), -1)
+    aside = aside.reshape(-1, 2)
+    middles = np.array([x - x0, y - y0]) + aside * radius
+    scores, places = [], []
+    for grow in _GROW:
+        rims = []
+        for step in (0.12, -0.12):
+            at = middles[:, None] + around * (grow * (1 + step) * radius)
+            rims.append(_pull(grey, at[..., 0], at[..., 1]))
+        # Both sides must have an edge, where the eye is open.
+        rise = np.clip(rims[0] - rims[1], -20, 60)
+        half = len(angles) // 2
+        clear = np.minimum(rise[:, :half].mean(1), rise[:, half:].mean(1))
+        clear -= 20 * (aside**2).sum(1) + 12 * math.log(grow) ** 2
+        scores.append(clear.max())
+        places.append(middles[int(clear.argmax())] + (x0, y0))
+    return np.array(scores), np.array(places)
+
+
+def _solid(source: Float32, opening: Float64, size: float) -> Float64:
+    """Where something dark reaches into an eye's box from outside: a frame of glasses, hair, a
+    brow. A blink leaves it as it is. 0 to 1."""
+    luma = luma_chroma(source)[0]
+    wide = max(3, round(0.17 * size)) | 1
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (wide, wide))
+    skin = cv2.morphologyEx(luma, cv2.MORPH_CLOSE, kernel, borderType=cv2.BORDER_REPLICATE)
+    near = max(3, round(0.055 * size)) | 1
+    lashes = cv2.dilate((opening > 0.3).astype(np.uint8), np.ones((near, near), np.uint8))
+    dark = ((skin - luma > 0.35 * skin) & (lashes == 0)).astype(np.uint8)
+    count, names = cv2.connectedComponents(dark)
+    border = np.concatenate([names[0], names[-1], names[:, 0], names[:, -1]])
+    outside = np.isin(names, np.setdiff1d(np.unique(border), [0])).astype(np.uint8)
+    if count < 2 or not outside.any():
+        return np.zeros(luma.shape)
+    # What of it runs on among the lashes, as far as it is as dark and joined to it.
+    more = cv2.dilate(outside, np.ones((near, near), np.uint8)) > 0
+    more &= skin - luma > 0.5 * skin
+    more &= (cv2.erode(lashes, np.ones((5, 5), np.uint8)) == 0) | (outside > 0)
+    grown = cv2.dilate(((outside > 0) | more).astype(np.uint8), np.ones((5, 5), np.uint8))
+    return cast(Float64, cv2.GaussianBlur(grown.astype(np.float64), (0, 0), 1.2))
 
 
 def _pull(picture: npt.NDArray[Any], x: Any, y: Any) -> npt.NDArray[Any]:
@@ -813,10 +1128,12 @@ def _pull(picture: npt.NDArray[Any], x: Any, y: Any) -> npt.NDArray[Any]:
     ).astype(np.float64)
 
 
-def _eye_planes(image: UInt8, box: tuple[int, int, int, int]) -> tuple[Float32, Float32]:
+def _eye_planes(
+    image: UInt8, box: tuple[int, int, int, int], boost: float
+) -> tuple[Float32, Float32]:
     luma, chroma = planes(image)
     x, y, width, height = box
-    big = double(luma)[2 * y : 2 * (y + height), 2 * x : 2 * (x + width)]
+    big = double(luma, boost)[2 * y : 2 * (y + height), 2 * x : 2 * (x + width)]
     small = chroma[:, y // 2 : (y + height) // 2, x // 2 : (x + width) // 2]
     return big.astype(np.float32), small.transpose(1, 2, 0).astype(np.float32)
 

@@ -12,12 +12,13 @@ itself before it is used for the first time on a device. What can't be proved is
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..avatar import file_digest, read_json, write_atomic, write_json
+from ..avatar import file_digest, read_json, void, write_atomic, write_json
 from ..errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ KINDS: tuple[Kind, ...] = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 BATCHES = (1, 2, 4, 8, 16)
 """Sizes that batches are filled up to where a new size costs something."""
+
+
+GRAPHS = 2
+"""Version of the exported networks' inputs and outputs."""
 
 
 class Runtime(Protocol):
@@ -190,6 +195,8 @@ class OnnxRuntime:
                     "this onnxruntime has no CUDA: pip install onnxruntime-gpu in its place, "
                     "or take --device cpu"
                 )
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # cuBLAS and cuDNN as torch's wheels bring them
             index = int(device.partition(":")[2] or 0)
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
         options = ort.SessionOptions()
@@ -201,6 +208,14 @@ class OnnxRuntime:
             raise ConfigError(
                 f"{path.name} can't be loaded by onnxruntime: {str(error).splitlines()[0]}"
             ) from None
+        if device.startswith("cuda") and "CUDAExecutionProvider" not in (
+            self._session.get_providers()
+        ):
+            # it goes on with the CPU by itself, a hundred times slower
+            raise ConfigError(
+                "onnxruntime can't use CUDA here, its libraries don't fit: install the cuDNN and "
+                "CUDA that its version names, or take --device cpu"
+            )
         self.inputs = tuple(one.name for one in self._session.get_inputs())
         self.outputs = tuple(one.name for one in self._session.get_outputs())
 
@@ -255,7 +270,15 @@ def _logger(trt: Any, said: list[str] | None = None) -> Any:
 
 
 class TensorRt:
-    """A plan on a GPU, through pycuda: one stream, pinned host memory, addresses set once."""
+    """A plan on a GPU, through pycuda: one stream, pinned host memory, addresses set once.
+
+    What a batch does (copies in, the plan, copies out) is recorded as a CUDA graph when the same
+    shapes come a third time in a row, and replayed until others come: a few hundred small kernels
+    are then one launch. TensorRT-RTX records by itself, and keeps what it compiled for this card
+    in a file beside the plan.
+    """
+
+    RECORD_AT = 3
 
     def __init__(self, plan: Path, kind: Kind, device: str = "cuda:0") -> None:
         """EngineError for a plan this device or version can't take; it says what rebuilds it."""
@@ -267,84 +290,216 @@ class TensorRt:
         self._cuda = cuda
         cuda.init()
         index = int(device.partition(":")[2] or 0)
+        self._engine: Any = None
+        self._context: Any = None
+        self._stream: Any = None
+        self._own: dict[str, tuple[Any, Any]] = {}
+        self._compiled: Any = None  # TensorRT-RTX's cache
+        self._compiled_at = plan.with_suffix(".cache")
+        self._shapes: tuple[tuple[int, ...], ...] = ()
+        self._same = 0  # runs in a row with these shapes
+        self._graph: Any = None
+        self._recorder = Recorder.find() if kind == "tensorrt" else None
         # the primary context: what torch uses too, if it is there
         self._device = cuda.Device(index).retain_primary_context()
         self._device.push()
         try:
-            said: list[str] = []
-            self._logger = _logger(trt, said)
-            self._runtime = trt.Runtime(self._logger)
-            self._engine: Any = self._runtime.deserialize_cuda_engine(plan.read_bytes())
-            if self._engine is None:
-                raise EngineError(
-                    f"{plan.name} was built for another device or version "
-                    f"({said[0] if said else 'no reason given'}): run `voipavatar build`"
-                )
-            self._context: Any = self._engine.create_execution_context()
-            self._stream: Any = cuda.Stream()
-            self._own: dict[str, tuple[Any, Any]] = {}
-            self.inputs: tuple[str, ...] = ()
-            self.outputs: tuple[str, ...] = ()
-            largest = {}
-            for i in range(self._engine.num_io_tensors):
-                name = self._engine.get_tensor_name(i)
-                if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-                    self.inputs += (name,)
-                    largest[name] = tuple(self._engine.get_tensor_profile_shape(name, 0)[2])
-                else:
-                    self.outputs += (name,)
-            for name, shape in largest.items():
-                self._context.set_input_shape(name, shape)
-            for name in (*self.inputs, *self.outputs):
-                shape = tuple(self._context.get_tensor_shape(name))
-                kind_ = trt.nptype(self._engine.get_tensor_dtype(name))
-                host = cuda.pagelocked_empty(int(np.prod(shape)), kind_)
-                there = cuda.mem_alloc(max(host.nbytes, 1))
-                self._own[name] = (host, there)
-                self._context.set_tensor_address(name, int(there))
-        finally:
+            self._open(trt, plan, kind)
+        except BaseException:
+            self._free()
+            self._device.detach()
+            raise
+        else:
             self._device.pop()
 
-    def __call__(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
+    def _open(self, trt: Any, plan: Path, kind: Kind) -> None:
         cuda = self._cuda
+        said: list[str] = []
+        self._logger = _logger(trt, said)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self._engine is None:
+            raise EngineError(
+                f"{plan.name} was built for another device or version "
+                f"({said[0] if said else 'no reason given'}): run `voipavatar build`"
+            )
+        if kind == "tensorrt_rtx":
+            self._context = self._engine.create_execution_context(self._rtx(trt))
+        else:
+            self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(
+                f"{plan.name} finds no room on this device "
+                f"({said[0] if said else 'no reason given'}): stop what else runs on it"
+            )
+        self._stream = cuda.Stream()
+        self.inputs: tuple[str, ...] = ()
+        self.outputs: tuple[str, ...] = ()
+        largest = {}
+        for i in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(i)
+            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                self.inputs += (name,)
+                largest[name] = tuple(self._engine.get_tensor_profile_shape(name, 0)[2])
+            else:
+                self.outputs += (name,)
+        for name, shape in largest.items():
+            self._context.set_input_shape(name, shape)
+        for name in (*self.inputs, *self.outputs):
+            shape = tuple(self._context.get_tensor_shape(name))
+            kind_ = trt.nptype(self._engine.get_tensor_dtype(name))
+            host = cuda.pagelocked_empty(int(np.prod(shape)), kind_)
+            there = cuda.mem_alloc(max(host.nbytes, 1))
+            self._own[name] = (host, there)
+            self._context.set_tensor_address(name, int(there))
+
+    def _rtx(self, trt: Any) -> Any:
+        """Graphs as TensorRT-RTX records them, and what it compiled here the last time."""
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._compiled = config.create_runtime_cache()
+        try:
+            self._compiled.deserialize(self._compiled_at.read_bytes())
+        except FileNotFoundError:
+            pass
+        config.set_runtime_cache(self._compiled)
+        return config
+
+    def __call__(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         self._device.push()
         try:
             for name in self.inputs:
-                array = feeds[name]
-                host, there = self._own[name]
+                array, host = feeds[name], self._own[name][0]
                 if array.size > host.size:
                     raise EngineError(
                         f"a batch of {len(array)} is more than the plan was built for"
                     )
                 np.copyto(host[: array.size], array.reshape(-1), casting="same_kind")
-                self._context.set_input_shape(name, array.shape)
-                cuda.memcpy_htod_async(there, host[: array.size], self._stream)
-            if not self._context.execute_async_v3(self._stream.handle):
-                raise EngineError("TensorRT failed to run a plan: see the log above")
-            out = {}
-            for name in self.outputs:
-                shape = tuple(self._context.get_tensor_shape(name))
-                host, there = self._own[name]
-                part = host[: int(np.prod(shape))]
-                cuda.memcpy_dtoh_async(part, there, self._stream)
-                out[name] = part.reshape(shape)
+            shapes = tuple(tuple(feeds[name].shape) for name in self.inputs)
+            if shapes != self._shapes:
+                self._forget()
+                self._shapes, self._same = shapes, 0
+                for name, shape in zip(self.inputs, shapes, strict=True):
+                    self._context.set_input_shape(name, shape)
+            self._same += 1
+            if self._graph is None and self._recorder and self._same == self.RECORD_AT:
+                self._graph = self._recorder.record(self._stream.handle, self._work)
+            if self._graph is not None:
+                self._graph.launch()
+            else:
+                self._work()
             self._stream.synchronize()
-            return {name: array.copy() for name, array in out.items()}
+            return {name: self._part(name).copy() for name in self.outputs}
         finally:
             self._device.pop()
+
+    def _part(self, name: str) -> npt.NDArray[Any]:
+        """An output in pinned memory, as it is for the shapes of this batch."""
+        shape = tuple(self._context.get_tensor_shape(name))
+        part: npt.NDArray[Any] = self._own[name][0][: int(np.prod(shape))].reshape(shape)
+        return part
+
+    def _work(self) -> None:
+        """One batch onto the stream. Nothing here waits, so it can be recorded."""
+        for name, shape in zip(self.inputs, self._shapes, strict=True):
+            host, there = self._own[name]
+            self._cuda.memcpy_htod_async(there, host[: int(np.prod(shape))], self._stream)
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise EngineError("TensorRT failed to run a plan: see the log above")
+        for name in self.outputs:
+            part = self._part(name)
+            self._cuda.memcpy_dtoh_async(part, self._own[name][1], self._stream)
+
+    def _forget(self) -> None:
+        if self._graph is not None:
+            self._graph.free()
+            self._graph = None
+
+    def _free(self) -> None:
+        """Everything but the context, which is current."""
+        self._forget()
+        for _, there in self._own.values():
+            there.free()
+        self._own.clear()
+        self._context = self._engine = self._runtime = self._stream = self._compiled = None
 
     def close(self) -> None:
         if self._engine is None:
             return
         self._device.push()
         try:
-            for _, there in self._own.values():
-                there.free()
-            self._own.clear()
-            self._context = self._engine = self._runtime = self._stream = None
+            if self._compiled is not None:
+                data = bytes(memoryview(self._compiled.serialize()))
+                try:
+                    write_atomic(self._compiled_at, lambda beside: void(beside.write_bytes(data)))
+                except OSError as error:  # the next start compiles again, that is all
+                    log.warning("what was compiled can't be kept", extra={"error": str(error)})
         finally:
-            self._device.pop()
-            self._device.detach()
+            self._free()
+            self._device.detach()  # and with it, it is no longer current
+
+
+class Recorder:
+    """CUDA graphs of a stream's work, through NVIDIA's own bindings: pycuda has none."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._refused = False
+
+    def __bool__(self) -> bool:
+        return not self._refused
+
+    @classmethod
+    def find(cls) -> Recorder | None:
+        """None without the package, which torch for CUDA brings."""
+        try:
+            from cuda.bindings import driver
+        except ImportError:
+            return None
+        return cls(driver)
+
+    def check(self, answer: tuple[Any, ...]) -> Any:
+        """What a call of the driver gives, or EngineError with its code."""
+        if answer[0] != self._driver.CUresult.CUDA_SUCCESS:
+            raise EngineError(f"a CUDA graph failed: {answer[0]}")
+        return answer[1] if len(answer) > 1 else None
+
+    def record(self, stream: int, work: Callable[[], None]) -> Graph | None:
+        """What `work` puts onto the stream, not run yet. None where it can't be recorded: the work
+        is then run as it is, for good."""
+        driver = self._driver
+        handle = driver.CUstream(stream)
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        try:
+            self.check(driver.cuStreamBeginCapture(handle, mode))
+            try:
+                work()
+            finally:
+                graph = self.check(driver.cuStreamEndCapture(handle))
+            try:
+                ready = self.check(driver.cuGraphInstantiate(graph, 0))
+            finally:
+                self.check(driver.cuGraphDestroy(graph))
+        except Exception as error:  # pycuda's and TensorRT's errors share no class but Exception
+            log.warning("no CUDA graph", extra={"error": str(error)})
+            self._refused = True
+            return None
+        return Graph(self, handle, ready)
+
+
+class Graph:
+    """Recorded work."""
+
+    def __init__(self, recorder: Recorder, stream: Any, ready: Any) -> None:
+        self._recorder, self._stream, self._ready = recorder, stream, ready
+
+    def launch(self) -> None:
+        driver = self._recorder._driver
+        self._recorder.check(driver.cuGraphLaunch(self._ready, self._stream))
+
+    def free(self) -> None:
+        driver = self._recorder._driver
+        self._recorder.check(driver.cuGraphExecDestroy(self._ready))
 
 
 # --- export and build -----------------------------------------------------------------------------
@@ -367,7 +522,7 @@ def export_onnx(module: torch.nn.Module, examples: Sequence[Any], path: Path) ->
     rough = path.parent / f".{path.stem}"
     rough.mkdir(exist_ok=True)
     try:
-        with warnings.catch_warnings(), torch.inference_mode():
+        with warnings.catch_warnings(), torch.inference_mode(), _quick_halves(module):
             # the exporter that is about to be replaced takes a third of the time and memory
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -395,6 +550,55 @@ def export_onnx(module: torch.nn.Module, examples: Sequence[Any], path: Path) ->
         for one in rough.iterdir():
             one.unlink()
         rough.rmdir()
+
+
+@contextlib.contextmanager
+def _quick_halves(module: torch.nn.Module) -> Iterator[None]:
+    """Convolutions of a half-precision module computed in fp32 while it is traced on a CPU.
+
+    Tracing runs the network once, and a CPU has no arithmetic for fp16: it takes fifty times as
+    long. What is recorded is the same convolution.
+    """
+    import torch
+
+    class Widened(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> Any:
+            wide = (x.float(), weight.float(), bias.float())
+            return torch.nn.functional.conv2d(*wide, stride, padding).to(x.dtype)
+
+        @staticmethod
+        def symbolic(g: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> Any:
+            size = weight.type().sizes()[2:]
+            return g.op(
+                "Conv",
+                *(x, weight, bias),
+                kernel_shape_i=size,
+                strides_i=list(stride),
+                pads_i=[*padding, *padding],
+                dilations_i=[1, 1],
+                group_i=1,
+            )
+
+    def widened(one: Any) -> Callable[[Any, Any, Any], Any]:
+        return lambda x, weight, bias: Widened.apply(x, weight, bias, one.stride, one.padding)
+
+    slow = [
+        one
+        for one in module.modules()
+        if isinstance(one, torch.nn.Conv2d)
+        and one.weight.dtype == torch.float16
+        and one.weight.device.type == "cpu"
+        and one.bias is not None
+    ]
+    try:
+        for one in slow:
+            setattr(one, "_conv_forward", widened(one))  # noqa: B010
+        yield
+    finally:
+        for one in slow:
+            if "_conv_forward" in vars(one):
+                delattr(one, "_conv_forward")
 
 
 @dataclass(frozen=True)
@@ -438,15 +642,9 @@ def build_plan(
         shapes.set_shape(name, *((n, *shape) for n in (profile.least, profile.best, profile.most)))
     config.add_optimization_profile(shapes)
     if archs:
-        if kind != "tensorrt_rtx":
-            raise ConfigError("tensorrt builds for the GPU that is there: leave --arch out")
         config.num_compute_capabilities = len(archs)
         for i, arch in enumerate(archs):
-            name = "SM" + arch.replace(".", "")
-            known = getattr(trt.ComputeCapability, name, None)
-            if known is None:
-                raise ConfigError(f"tensorrt_rtx has no architecture {arch}")
-            config.set_compute_capability(known, i)
+            config.set_compute_capability(_architecture(trt, arch), i)
     data = builder.build_serialized_network(network, config)
     if data is None:
         raise EngineError(f"{onnx_path.name} can't be built: {'; '.join(said[:3]) or 'no reason'}")
@@ -464,6 +662,40 @@ def build_plan(
         "version": str(trt.__version__),
         "archs": list(archs) or [device_arch()],
     }
+
+
+def _architecture(trt: Any, arch: str) -> Any:
+    """TensorRT-RTX's name for a compute capability; ConfigError lists those it has."""
+    known = {
+        f"{name[2:-1]}.{name[-1]}": value
+        for name, value in vars(trt.ComputeCapability).items()
+        if name.startswith("SM") and name[2:].isdigit()
+    }
+    if arch not in known:
+        there = sorted(known, key=float)
+        raise ConfigError(f"tensorrt_rtx has no architecture {arch}: it has {', '.join(there)}")
+    return known[arch]
+
+
+def check_archs(kind: Kind, archs: Sequence[str]) -> tuple[str, ...]:
+    """The architectures that plans will be built for: those named, or the one that is there.
+
+    ConfigError, before anything is done, for what this runtime can't build here.
+    """
+    if kind == "onnxruntime":
+        if archs:
+            raise ConfigError("onnxruntime's files are for every device: leave --arch out")
+        return ("any",)
+    trt = tensorrt_module(kind)
+    if archs and kind != "tensorrt_rtx":
+        raise ConfigError("tensorrt builds for the GPU that is there: leave --arch out")
+    for arch in archs:
+        _architecture(trt, arch)
+    here = device_arch()
+    if not archs and here == "none":
+        hint = ": say which with --arch 8.9 (RTX 40), 12.0 (RTX 50)" if kind != "tensorrt" else ""
+        raise ConfigError(f"there is no GPU here to build for{hint}")
+    return tuple(dict.fromkeys(archs)) or (here,)
 
 
 def device_arch(device: str = "cuda:0") -> str:
@@ -553,6 +785,7 @@ class ArtefactKey:
     runtime: str
     version: str
     batches: tuple[int, ...] = BATCHES
+    graphs: int = GRAPHS
     arch: str = "any"
     """The compute capability it runs on; "any" for ONNX."""
 

@@ -2,9 +2,8 @@
 
 `prepare` turns a portrait and its landmarks into a rig (see `rig`) and keeps it in an npz beside
 a manifest. A session turns speech into mouth parameters (see `articulation`) and adds what a living
-face does by itself: blinks and small motions of the head, a pure function of the seed and the
-picture clock, so that idling and talking share it and nothing jumps at a seam. Every job holds the
-whole pose of its picture; drawing keeps no state.
+face does besides (see `life`). Every job holds the whole pose of its picture; drawing keeps no
+state.
 """
 
 from __future__ import annotations
@@ -22,39 +21,38 @@ import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
 
+from ..avatar import known_digest
 from ..config import Settings
-from ..errors import AvatarError, ConfigError, EngineError
+from ..errors import AvatarError, ConfigError, EngineError, TransportError
 from ..facemesh import FaceMesh
-from ..facemodels import face_models
+from ..facemodels import face_models, matte_model
+from ..matte import blurred, by_colours, own_colours, refined, roughly
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
-from . import Avatar, Engine, EngineInfo, EngineSession, Job, Progress, Spec, film
+from ..sets import SETS, make_set
+from . import Avatar, Engine, EngineInfo, EngineSession, Expressive, Job, Progress, Spec, filming
+from .film import FilmPuppet
+from .life import GESTURES, KEPT, Body
 from .puppet import Pose, Puppet
-from .rig import HEAD, Landmarks, Rig, build, parse_landmarks, smoothstep
+from .rig import Landmarks, Rig, build, parse_landmarks, to_i420
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 
 PARAMETERS = 8
 """Mouth parameters of a pose: `articulation.PARAMETERS`."""
-
-KEPT = 128
-"""Poses that a session keeps, so that an interruption can go back to what was really shown."""
 
 _REST: Float32 = np.zeros(PARAMETERS, np.float32)
 _LEVEL = 7
 _FADE = 3
 """Pictures in which speech takes the mouth over from wherever it was."""
-_CALM = PARAMETERS
-"""Column of the slow loudness that moves head and brows."""
-_MASK = (1 << 64) - 1
 
 
 class Articulates(Protocol):
@@ -93,12 +91,15 @@ class Options:
     """How much the head moves: 0 not at all, 1 as people do, at most 2."""
     blink: float = 1.0
     """How often the eyes blink: 0 never, 1 about every four seconds, at most 3."""
+    gaze: float = 1.0
+    """How much the eyes move: 0 not at all, at most 1.5. With `motion` 0 they don't either."""
     mouth: float = 1.0
     """How far the mouth opens: 0.3 mumbles, 1 speaks, at most 1.5."""
     ease: float = 0.32
     """Seconds the mouth takes to close after speech, 0.04 to 2."""
-    background: tuple[int, int, int] = (208, 204, 200)
-    """Red, green, blue behind a portrait that is transparent."""
+    background: tuple[int, int, int] | str | None = None
+    """What is behind: red, green, blue; "blur"; a virtual set ("studio", "loft", "paper"); or a
+    picture's file. Without it, what the portrait has there; grey if that is transparent."""
     landmarks: dict[str, Any] | None = None
     """Where the face is, by hand; without it the face is found."""
     face_at: tuple[float, float] | None = None
@@ -113,6 +114,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "motion": (0, 2),
     "blink": (0, 3),
+    "gaze": (0, 1.5),
     "mouth": (0.3, 1.5),
     "ease": (0.04, 2),
     "seconds": (0.2, 120),
@@ -130,7 +132,7 @@ def _parse(options: dict[str, Any]) -> tuple[Options, Landmarks | None]:
         if value is None or key == "landmarks":
             values[key] = value
         elif key == "background":
-            values[key] = _colour(value)
+            values[key] = _background(value)
         elif key == "face_at":
             values[key] = _place(value)
         else:
@@ -165,6 +167,16 @@ def _place(value: object) -> tuple[float, float]:
     raise ConfigError("engine option face_at must be [x, y], pixels of the portrait")
 
 
+GREY = (208, 204, 200)
+"""What is behind a transparent portrait, unless something is asked for."""
+
+
+def _background(value: object) -> tuple[int, int, int] | str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    return _colour(value)
+
+
 def _colour(value: object) -> tuple[int, int, int]:
     if (
         isinstance(value, list | tuple)
@@ -172,17 +184,30 @@ def _colour(value: object) -> tuple[int, int, int]:
         and all(isinstance(c, int) and not isinstance(c, bool) and 0 <= c <= 255 for c in value)
     ):
         return value[0], value[1], value[2]
-    raise ConfigError("engine option background must be [red, green, blue], each 0 to 255")
+    raise ConfigError(
+        "engine option background must be [red, green, blue], each 0 to 255, or blur, "
+        f"{', '.join(SETS)}, or a picture's file"
+    )
 
 
 # --- the portrait ---------------------------------------------------------------------------------
 
 
-def read_portrait(data: bytes, background: tuple[int, int, int]) -> UInt8:
+def read_portrait(data: bytes, background: tuple[int, int, int] = GREY) -> UInt8:
     """A picture file as BGR, upright as its EXIF says, over `background` where it is transparent.
 
     AvatarError when it is no picture.
     """
+    picture = _pixels(data)
+    if picture.shape[2] == 4:
+        alpha = picture[..., 3:].astype(np.float32) / 255
+        behind = np.array(background[::-1], np.float32)
+        picture = np.rint(picture[..., :3] * alpha + behind * (1 - alpha)).astype(np.uint8)
+    return np.ascontiguousarray(picture)
+
+
+def _pixels(data: bytes) -> UInt8:
+    """BGR, or BGRA where something is transparent."""
     raw = np.frombuffer(data, np.uint8)
     try:
         picture = cv2.imdecode(raw, cv2.IMREAD_UNCHANGED) if len(raw) else None
@@ -192,14 +217,14 @@ def read_portrait(data: bytes, background: tuple[int, int, int]) -> UInt8:
         picture = None
     if picture is None:
         raise AvatarError(
-            "the portrait can't be read as a picture: use a PNG, JPEG or WebP that opens elsewhere"
+            "the portrait can't be read as a picture or a clip: use a PNG, JPEG or WebP, or a film"
+            " in a common format, that opens elsewhere"
         )
     if picture.shape[2] == 4:
         if picture.dtype == np.uint16:
             picture = (picture // 257).astype(np.uint8)
-        alpha = picture[..., 3:].astype(np.float32) / 255
-        behind = np.array(background[::-1], np.float32)
-        picture = np.rint(picture[..., :3] * alpha + behind * (1 - alpha)).astype(np.uint8)
+        if picture[..., 3].min() == 255:
+            picture = picture[..., :3]
     return cast(UInt8, np.ascontiguousarray(picture))
 
 
@@ -229,6 +254,51 @@ def fit(picture: UInt8, marks: Landmarks, width: int, height: int) -> tuple[UInt
     return cast(UInt8, crop), marks.moved(scale, (-x0, -y0))
 
 
+def _stands(background: tuple[int, int, int] | str | None, own: UInt8 | None) -> bool:
+    """Whether the person is to be told from what is behind. Before one colour a transparent
+    portrait needs no more than to be laid on it."""
+    return background is not None and not (isinstance(background, tuple) and own is not None)
+
+
+def _behind(background: tuple[int, int, int] | str | None, picture: UInt8, alpha: Float32) -> UInt8:
+    """(H, W, 3) BGR of what an option asks for, as large as `picture`.
+
+    ConfigError when it names no picture.
+    """
+    height, width = picture.shape[:2]
+    if isinstance(background, tuple):
+        out = np.empty_like(picture)
+        out[:] = background[::-1]
+        return out
+    if background == "blur":
+        return blurred(picture, alpha)
+    if background in SETS:
+        return make_set(background, width, height)
+    return cover(_pixels(_file_of(background)), width, height)
+
+
+def _file_of(background: object) -> bytes:
+    try:
+        return Path(str(background)).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"engine option background: {background} can't be read as a picture's file "
+            f"({error.strerror or type(error).__name__}); it may also be blur, {', '.join(SETS)}, "
+            "or [red, green, blue]"
+        ) from error
+
+
+def cover(picture: UInt8, width: int, height: int) -> UInt8:
+    """The middle of a picture, as large as it must be to cover `width` x `height`; BGR."""
+    rows, columns = picture.shape[:2]
+    scale = max(width / columns, height / rows)
+    size = (max(width, round(columns * scale)), max(height, round(rows * scale)))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    scaled = cv2.resize(np.ascontiguousarray(picture[..., :3]), size, interpolation=how)
+    x, y = (size[0] - width) // 2, (size[1] - height) // 2
+    return cast(UInt8, np.ascontiguousarray(scaled[y : y + height, x : x + width]))
+
+
 def _points_of(marks: Landmarks) -> dict[str, list[list[float]]]:
     """What a sheet shows, in pixels of the portrait."""
     lines = {
@@ -246,157 +316,6 @@ def _points_of(marks: Landmarks) -> dict[str, list[list[float]]]:
     return {name: np.round(line, 2).tolist() for name, line in lines.items()}
 
 
-# --- life -----------------------------------------------------------------------------------------
-
-
-def _hash(seed: int, *parts: int) -> float:
-    """0 to 1, the same on every machine (the finaliser of SplitMix64)."""
-    value = seed & _MASK
-    for part in parts:
-        value = (value + 0x9E3779B97F4A7C15 * (part + 1)) & _MASK
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-        value ^= value >> 31
-    return value / 2**64
-
-
-_WAVES = 4
-_SLOT = 4.0
-_AMPLITUDE = {  # of each head motion, and the slowest and fastest of its waves in Hz
-    "yaw": (0.032, 0.05, 0.33),
-    "pitch": (0.018, 0.06, 0.30),
-    "roll": (0.0085, 0.05, 0.26),
-    "sway": (0.014, 0.04, 0.19),
-    "lift": (0.005, 0.05, 0.20),
-    "brow": (0.10, 0.03, 0.15),
-}
-_BREATH = (0.0055, 0.24)  # face units, Hz
-
-
-class Life:
-    """What a face does by itself, at any moment of the picture clock."""
-
-    def __init__(self, seed: int, fps: int, motion: float, blink: float) -> None:
-        self._seed = seed
-        self._fps = fps
-        self._motion = motion
-        self._slot = _SLOT / blink if blink > 0 else 0.0
-        waves = []
-        for row, (size, slow, fast) in enumerate(_AMPLITUDE.values()):
-            for i in range(_WAVES):
-                spread = (i + _hash(seed, 1, row, i)) / _WAVES
-                rate = slow * (fast / slow) ** spread
-                # Slow waves are the large ones.
-                waves.append((size / (1 + 0.9 * i), rate, _hash(seed, 2, row, i)))
-        table = np.asarray(waves, np.float64).reshape(len(_AMPLITUDE), _WAVES, 3)
-        self._size, self._rate, self._phase = table[..., 0], table[..., 1], table[..., 2]
-
-    def head(self, clock: int) -> Float32:
-        """As `rig.HEAD`."""
-        if self._motion == 0:
-            return np.zeros(len(HEAD), np.float32)
-        moment = clock / self._fps
-        turns = self._rate * moment + self._phase
-        out = (self._size * np.sin(2 * np.pi * turns)).sum(-1)
-        size, rate = _BREATH
-        out[HEAD.index("lift")] -= size * math.sin(2 * math.pi * rate * moment)
-        out[HEAD.index("brow")] = max(0.0, out[HEAD.index("brow")] - 0.04)
-        return np.asarray(out, np.float32)
-
-    def blink(self, clock: int) -> float:
-        """0 open, 1 shut. About one blink in each slot of time, sometimes two."""
-        if self._slot <= 0:
-            return 0.0
-        moment = clock / self._fps
-        slot = int(moment // self._slot)
-        shut = 0.0
-        for one in (slot - 1, slot):
-            if one < 0:
-                continue
-            # On a whole picture, so that every blink has one that is quite shut.
-            start = (one + 0.12 + 0.80 * _hash(self._seed, 3, one)) * self._slot
-            begin = round(start * self._fps)
-            shut = max(shut, _lid((clock - begin) / self._fps))
-            if _hash(self._seed, 4, one) < 0.14:
-                again = begin + round(0.42 * self._fps)
-                shut = max(shut, 0.9 * _lid((clock - again) / self._fps))
-        return shut
-
-
-_DOWN, _HOLD, _UP = 0.12, 0.04, 0.18
-
-
-def _lid(moment: float) -> float:
-    """A lid's course, seconds from its start: down quickly, shut for a moment, up more slowly."""
-    if moment <= 0 or moment >= _DOWN + _HOLD + _UP:
-        return 0.0
-    if moment < _DOWN:
-        t = moment / _DOWN
-        return t * t * (3 - 2 * t)
-    if moment <= _DOWN + _HOLD:
-        return 1.0
-    t = (moment - _DOWN - _HOLD) / _UP
-    return float((1 - t) ** 1.6)
-
-
-# --- gestures -------------------------------------------------------------------------------------
-
-GESTURES: dict[str, float] = {
-    "nod": 0.96,
-    "shake": 1.2,
-    "smile": 2.4,
-    "wink": 0.44,
-    "brows": 1.0,
-    "tilt": 1.8,
-    "blink": 0.34,
-}
-"""What a cue of kind "gesture" can ask for, and how long it takes in seconds."""
-
-_NOD, _SHAKE, _TILT = 0.075, 0.065, 0.045  # radians
-_SMILE = 0.75
-
-
-@dataclass
-class _Gestured:
-    """What gestures add to a pose."""
-
-    head: Float32
-    width: float = 0.0
-    blink: float = 0.0
-    wink: float = 0.0
-
-
-def gestured(running: Sequence[tuple[int, str]], clock: int, fps: int, motion: float) -> _Gestured:
-    """The sum of the gestures (clock at which they began, name), at a moment."""
-    out = _Gestured(np.zeros(len(HEAD), np.float32))
-    for begin, name in running:
-        moment, length = (clock - begin) / fps, GESTURES[name]
-        if not 0 <= moment < length:
-            continue
-        t = moment / length
-        swell = math.sin(math.pi * t) ** 2
-        # In within a quarter, out within the last third.
-        hold = float(smoothstep(t / 0.25) * smoothstep((1 - t) / 0.35))
-        if name == "nod":
-            # Down twice, the second time less.
-            share = 1.0 if t < 0.5 else 0.6
-            out.head[HEAD.index("pitch")] += motion * _NOD * share * math.sin(2 * math.pi * t) ** 2
-        elif name == "shake":
-            out.head[HEAD.index("yaw")] += motion * _SHAKE * math.sin(4 * math.pi * t) * swell
-        elif name == "tilt":
-            out.head[HEAD.index("roll")] += motion * _TILT * hold
-        elif name == "brows":
-            out.head[HEAD.index("brow")] += 0.8 * hold
-        elif name == "smile":
-            out.width += _SMILE * hold
-            out.head[HEAD.index("brow")] += 0.2 * hold
-        elif name == "wink":
-            out.wink = max(out.wink, _lid(moment * (_DOWN + _HOLD + _UP) / length))
-        else:
-            out.blink = max(out.blink, _lid(moment))
-    return out
-
-
 # --- a session ------------------------------------------------------------------------------------
 
 
@@ -406,8 +325,7 @@ class VisemeSession:
     def __init__(self, puppet: Puppet, options: Options, articulator: Articulates) -> None:
         self.puppet = puppet
         self._articulator = articulator
-        self._life = Life(options.seed, options.fps, options.motion, options.blink)
-        self._motion = options.motion
+        self._body = Body(options.seed, options.fps, options.motion, options.blink, options.gaze)
         self._mouth = options.mouth
         self._spec = Spec(
             width=options.width,
@@ -416,18 +334,16 @@ class VisemeSession:
             lookahead=articulator.lookahead,
             ease=max(1, round(options.ease * options.fps)),
         )
-        self._follow = 1 - math.exp(-1 / (0.45 * options.fps))
         self._clock = 0
-        # Mouth and slow loudness of the last jobs, by their clock.
+        # The mouth of the last jobs, by their clock.
         self._shown: OrderedDict[int, Float32] = OrderedDict()
-        self._now = np.zeros(PARAMETERS + 1, np.float32)
+        self._now = _REST
         # The mouth on its way to rest: from where, over how many pictures, how many are done.
         self._from = _REST
         self._length = 0
         self._eased = 0
-        # Gestures that are asked for, by their seconds within the turn; and those under way.
+        # Gestures that are asked for, by their seconds within the turn.
         self._asked: list[tuple[float, str]] = []
-        self._gestures: list[tuple[int, str]] = []
         self._row = 0
         # Speech on its way to take the mouth over.
         self._entered = 0
@@ -443,7 +359,8 @@ class VisemeSession:
     def flush(self) -> list[Job]:
         jobs = self._speak(self._articulator.flush())
         # What was asked for at the very end, or after it, comes now.
-        self._gestures += [(self._clock, name) for _, name in self._asked]
+        for _, name in self._asked:
+            self._body.gesture(self._clock, name)
         self._asked, self._row = [], 0
         self._part(self._spec.ease)
         return jobs
@@ -465,18 +382,16 @@ class VisemeSession:
         self._articulator.reset()
         self._asked, self._row = [], 0
         if clock is not None:
-            self._gestures = [one for one in self._gestures if one[0] < clock]
             if clock < 0:
                 raise EngineError(f"a picture clock can't be {clock}")
             known = self._shown.get(clock - 1)
             while self._shown and next(reversed(self._shown)) >= clock:
                 self._shown.popitem()
-            if known is None:
-                # Nothing that was made before is still on: begin as new, or from the oldest known.
-                known = np.zeros(PARAMETERS + 1, np.float32)
-                if self._shown and clock > self._clock:
-                    known = self._now
-            self._now = known
+            # Nothing that was made before is still on: begin as new, or from the oldest known.
+            fresh = known is None and not (self._shown and clock > self._clock)
+            if known is not None or fresh:
+                self._now = _REST if known is None else known
+            self._body.rewind(clock, fresh=fresh)
             self._clock = clock
         self._part(max(1, ease))
 
@@ -489,9 +404,17 @@ class VisemeSession:
                 else:
                     log.debug("a gesture is not known to viseme")
 
+    def pose(self, name: str) -> None:
+        self._body.pose(self._clock, name)
+
+    def gesture(self, name: str) -> None:
+        if name not in GESTURES:
+            raise EngineError(f"there is no gesture {name!r}; there are: {', '.join(GESTURES)}")
+        self._body.gesture(self._clock, name, free=True)
+
     def _part(self, ease: int) -> None:
         """From here on the mouth closes, until speech takes it."""
-        self._from, self._length, self._eased = self._now[:PARAMETERS], ease, 0
+        self._from, self._length, self._eased = self._now, ease, 0
         self._entered = 0
 
     def _speak(self, rows: Float32) -> list[Job]:
@@ -499,10 +422,12 @@ class VisemeSession:
         for row in np.asarray(rows, np.float32):
             moment = (self._row + 1) / self._spec.fps
             self._row += 1
-            self._gestures += [(self._clock, name) for at, name in self._asked if at < moment]
+            for at, name in self._asked:
+                if at < moment:
+                    self._body.gesture(self._clock, name)
             self._asked = [one for one in self._asked if one[0] >= moment]
             if self._entered == 0:
-                self._entry = self._now[:PARAMETERS]
+                self._entry = self._now
             self._entered += 1
             mouth = row
             if self._entered < _FADE:
@@ -512,40 +437,20 @@ class VisemeSession:
         return jobs
 
     def _job(self, mouth: Float32, *, speech: bool) -> Job:
-        state = np.empty(PARAMETERS + 1, np.float32)
-        state[:PARAMETERS] = mouth
-        nod = self._now[_CALM] + (mouth[_LEVEL] - self._now[_CALM]) * np.float32(self._follow)
-        state[_CALM] = nod if nod > 4e-3 else 0.0
         clock = self._clock
-        self._now = state
-        self._shown[clock] = state
+        self._now = mouth
+        self._shown[clock] = mouth
         if len(self._shown) > KEPT:
             self._shown.popitem(last=False)
         self._clock = clock + 1
-        head = self._life.head(clock)
-        if self._motion > 0:
-            # Who speaks up, lifts chin and brows a little.
-            loud = float(state[_CALM])
-            head[HEAD.index("pitch")] += 0.022 * math.sin(4.6 * loud) * loud
-            head[HEAD.index("brow")] += 0.5 * loud * loud
-        blink, wink = self._life.blink(clock), 0.0
+        held = self._body.step(clock, float(mouth[_LEVEL]))
         mouth = self._widened(mouth)
-        if self._gestures:
-            fps = self._spec.fps
-            self._gestures = [
-                one
-                for one in self._gestures
-                if clock < one[0] + (GESTURES[one[1]] + KEPT / fps) * fps
-            ]
-            extra = gestured(self._gestures, clock, fps, min(1.0, self._motion))
-            head = head + extra.head
-            blink, wink = max(blink, extra.blink), extra.wink
-            if extra.width > 0:
-                mouth = mouth.copy()
-                # Wide and round are opposites: who smiles rounds less.
-                mouth[1] = min(1.0, float(mouth[1]) + extra.width)
-                mouth[2] *= 1 - 0.5 * extra.width
-        pose = Pose(mouth, head, blink, wink, clock)
+        if held.smile > 0:
+            mouth = mouth.copy()
+            # Wide and round are opposites: who smiles rounds less.
+            mouth[1] = min(1.0, float(mouth[1]) + held.smile)
+            mouth[2] *= 1 - 0.5 * held.smile
+        pose = Pose(mouth, held.head, held.blink, held.wink, held.gaze, clock)
         return Job(self, clock, speech, pose)
 
     def _widened(self, mouth: Float32) -> Float32:
@@ -585,14 +490,14 @@ class VisemeEngine:
             version=VERSION,
             device="cpu",
             batch=1,
-            can=("photo", "video", "cues", "idle"),
+            can=("photo", "video", "cues", "idle", "poses"),
         )
 
     def prepare(
         self, source: Path, target: Path, options: dict[str, Any], progress: Progress
     ) -> Avatar:
         parsed, marks = _parse(options)
-        if film.is_film(source):
+        if filming.is_film(source):
             return self._prepare_film(source, target, parsed, progress)
         try:
             data = source.read_bytes()
@@ -610,16 +515,30 @@ class VisemeEngine:
             progress("ready", 1.0)
             return avatar
         progress("reading the portrait", 0.1)
-        picture = read_portrait(data, parsed.background)
+        pixels = _pixels(data)
+        shown = parsed.background if isinstance(parsed.background, tuple) else GREY
+        picture = read_portrait(data, shown)
         advice: list[str] = []
         given = marks is not None
         if marks is None:
             progress("finding the face", 0.15)
             marks, advice = self._find(picture, parsed, lambda what: progress(what, 0.15))
         told = _points_of(marks)
+        own = np.ascontiguousarray(pixels[..., 3]) if pixels.shape[2] == 4 else None
+        if own is not None:
+            own = fit(own, marks, parsed.width, parsed.height)[0]
         picture, marks = fit(picture, marks, parsed.width, parsed.height)
+        stands = _stands(parsed.background, own)
+        if stands:
+            progress("telling the person from the background", 0.2)
+            alpha = self._matte(picture, own, marks, advice, lambda what: progress(what, 0.2))
+            behind = _behind(parsed.background, picture, alpha)
+            picture = own_colours(picture, alpha)
         progress("finding how the face moves", 0.3)
         rig = build(picture, marks, parsed.motion)
+        if stands:
+            cover = np.rint(alpha * 255).astype(np.uint8)
+            rig = replace(rig, alpha=cover, behind=to_i420(behind))
         progress("writing", 0.9)
         _save(target, rig, key, parsed, {"advice": advice, "given": given, "landmarks": told})
         progress("ready", 1.0)
@@ -632,15 +551,20 @@ class VisemeEngine:
             raise ConfigError(
                 "`landmarks` are for a picture; in a clip the face is followed: leave them out"
             )
-        wanted = film.Wanted(
+        if isinstance(options.background, str):
+            raise ConfigError(
+                "engine option background: a clip keeps its own; only a picture stands before "
+                "another one"
+            )
+        wanted = filming.Wanted(
             options.width,
             options.height,
             options.fps,
-            options.background,
+            options.background or GREY,
             options.face_at,
             options.seconds,
         )
-        told = asdict(wanted) | {"source": _digest(source), "film": film.FILM}
+        told = asdict(wanted) | {"source": known_digest(source), "film": filming.FILM}
         key = hashlib.sha256(f"viseme {VERSION}\n".encode())
         key.update(json.dumps(told, sort_keys=True).encode())
 
@@ -649,7 +573,7 @@ class VisemeEngine:
             return FaceMesh(face_models(settings, lambda what: progress(what, 0.03)))
 
         data = {"engine": "viseme", "version": VERSION}
-        film.prepare(source, target, key.hexdigest(), data, wanted, mesh, progress)
+        filming.prepare(source, target, key.hexdigest(), data, wanted, mesh, _points_of, progress)
         return Avatar(target, options.width, options.height, _settings(options))
 
     def _find(
@@ -678,6 +602,38 @@ class VisemeEngine:
                 f"and looks at the viewer ({error})"
             ) from error
 
+    def _matte(
+        self,
+        picture: UInt8,
+        own: UInt8 | None,
+        marks: Landmarks,
+        advice: list[str],
+        tell: Callable[[str], None],
+    ) -> Float32:
+        """How much of each pixel is the person, 0 to 1; `own` is what the portrait says of it."""
+        if own is not None:
+            return np.asarray(own / np.float32(255), np.float32)
+        try:
+            network = matte_model(self._settings or Settings.from_env(), tell)
+        except TransportError as error:
+            log.warning("the matte is made without its network", extra={"error": str(error)})
+            advice.append(
+                "the outline before the background was found by colours alone, since its network "
+                "can't be had: look at hair and shoulders, or use a portrait that is transparent"
+            )
+            rough = by_colours(picture, marks.box)
+        else:
+            rough = roughly(picture, network)
+            left, top, right, bottom = (round(v) for v in marks.box)
+            seen = rough[max(0, top) : bottom, max(0, left) : right]
+            if seen.mean() < 0.6:  # it knows people, not drawings of them
+                advice.append(
+                    "the network sees no person here, so the outline before the background was "
+                    "found by colours: look at it, or use a portrait that is transparent"
+                )
+                rough = by_colours(picture, marks.box)
+        return refined(picture, rough, marks.unit)
+
     def open(self, avatar: Avatar) -> VisemeSession:
         if self._closed:
             raise EngineError("the viseme engine is closed")
@@ -690,7 +646,7 @@ class VisemeEngine:
             puppet = self._puppets.get(name)
             if puppet is None:
                 if "film" in manifest:
-                    puppet = film.FilmPuppet(avatar.path)
+                    puppet = FilmPuppet(avatar.path)
                 else:
                     puppet = Puppet(_load(avatar.path, manifest))
                 self._puppets[name] = puppet
@@ -708,7 +664,7 @@ class VisemeEngine:
 
 def _settings(options: Options) -> dict[str, Any]:
     """Options that a session needs; where the face is stays in the rig."""
-    names = ("width", "height", "fps", "seed", "motion", "blink", "mouth", "ease")
+    names = ("width", "height", "fps", "seed", "motion", "blink", "gaze", "mouth", "ease")
     return {name: getattr(options, name) for name in names}
 
 
@@ -725,6 +681,8 @@ def _key(source: bytes, options: Options) -> str:
         for name in ("width", "height", "motion", "background", "landmarks", "face_at")
     }
     digest = hashlib.sha256(f"viseme {VERSION}\n".encode())
+    if isinstance(options.background, str) and options.background not in ("blur", *SETS):
+        digest.update(hashlib.sha256(_file_of(options.background)).digest())
     digest.update(json.dumps(told, sort_keys=True, default=float).encode())
     digest.update(hashlib.sha256(source).digest())
     return digest.hexdigest()
@@ -876,4 +834,5 @@ def region(avatar: Avatar) -> tuple[int, int, int, int]:
 
 # Proved by mypy: the classes are what the contract asks for.
 _session: type[EngineSession] = VisemeSession
+_expressive: type[Expressive] = VisemeSession
 _engine: type[Engine] = VisemeEngine

@@ -213,8 +213,15 @@ class _Routes:
         post("/sessions/{id}/persona", tags=["sessions"], status_code=204, responses=_BUSY)(
             self.become
         )
+        post("/sessions/{id}/idle", tags=["sessions"], status_code=204, responses=_BUSY)(self.idle)
         post("/sessions/{id}/interrupt", tags=["speech"], status_code=204, responses=_PROBLEM)(
             self.interrupt
+        )
+        post("/sessions/{id}/pose", tags=["sessions"], status_code=204, responses=_PROBLEM)(
+            self.pose
+        )
+        post("/sessions/{id}/gesture", tags=["sessions"], status_code=204, responses=_PROBLEM)(
+            self.gesture
         )
         app.websocket("/sessions/{id}/audio")(self.audio)
 
@@ -264,7 +271,7 @@ class _Routes:
         )
 
     async def queues(self) -> Sequence[dict[str, Any]]:
-        """The RabbitMQ queues that sessions speak from: the broker's state, and what was counted."""
+        """The RabbitMQ queues that sessions speak from: how the broker is, and what was counted."""
         return [tell() for tell in self._desk.queues]
 
     async def metrics(self) -> Response:
@@ -386,6 +393,24 @@ class _Routes:
         """Another face on air: same room, same participant, nothing said is lost."""
         entry = self._entry(id)
         await entry.session.swap_persona(await self._persona(wish.persona))
+        entry.touch()
+
+    async def pose(self, id: str, wish: models.Pose) -> None:
+        """Listen, think, or be at ease, for as long as nothing is said."""
+        entry = self._entry(id)
+        entry.session.pose(wish.pose)
+        entry.touch()
+
+    async def gesture(self, id: str, wish: models.Gesture) -> None:
+        """A gesture, now, also in the middle of speech."""
+        entry = self._entry(id)
+        entry.session.gesture(wish.gesture)
+        entry.touch()
+
+    async def idle(self, id: str, wish: models.Idle) -> None:
+        """Another of the persona's looks: same face, another picture or clip, or another manner."""
+        entry = self._entry(id)
+        await entry.session.choose_idle(wish.idle)
         entry.touch()
 
     async def interrupt(self, id: str) -> None:
@@ -529,6 +554,7 @@ def _shown(persona: Persona) -> models.PersonaInfo:
             models.VoiceInfo(name=name, label=_label(choice))
             for name, choice in zip(_voice_names(persona), persona.voice, strict=True)
         ],
+        idles=["default", *persona.idles],
         portrait=f"/personas/{persona.name}/portrait" if persona.portrait is not None else None,
     )
 

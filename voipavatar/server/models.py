@@ -55,6 +55,7 @@ class PersonaInfo(BaseModel):
     fps: int
     greeting: str
     voices: list[VoiceInfo]
+    idles: list[str] = Field(description="the looks that it can be told to take on")
     portrait: str | None = Field(description="path of its picture, None if it has none")
 
 
@@ -96,6 +97,36 @@ class Become(BaseModel):
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"persona": "default"}]}
     )
+
+
+class Pose(BaseModel):
+    """How the face is held while it doesn't speak."""
+
+    pose: str = Field(
+        max_length=32,
+        description="listening: the other speaks; attentive: they may; thinking: an answer is "
+        'looked for; "": as it likes. It stays until another is asked for; speech goes before it',
+    )
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"pose": "listening"}]}
+    )
+
+
+class Gesture(BaseModel):
+    """One gesture, now."""
+
+    gesture: str = Field(max_length=32, description="nod, shake, smile, wink, tilt, brows or blink")
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"gesture": "nod"}]})
+
+
+class Idle(BaseModel):
+    """Which of the persona's looks from now on."""
+
+    idle: str = Field(max_length=64, description="one of its `idles`; default is its own")
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"idle": "default"}]})
 
 
 class Opened(Ticket):

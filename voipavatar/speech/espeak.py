@@ -14,7 +14,7 @@ import importlib.util
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,6 +207,30 @@ class _Event(ctypes.Structure):
     ]
 
 
+class _Voice(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("languages", ctypes.c_void_p),
+        ("identifier", ctypes.c_char_p),
+        # and more that is not looked at: the library gives pointers to these
+    ]
+
+
+def _until_null(pointers: Any) -> Iterator[Any]:
+    index = 0
+    while pointers[index]:
+        yield pointers[index]
+        index += 1
+
+
+def _languages(at: int) -> Iterator[tuple[int, bytes]]:
+    """(priority, language): a byte and a string each, until a byte that is zero."""
+    while priority := ctypes.c_ubyte.from_address(at).value:
+        language = ctypes.string_at(at + 1)
+        yield priority, language
+        at += 2 + len(language)
+
+
 _Callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
 )
@@ -244,23 +268,40 @@ class _Library:
         self._take: Callable[[Any, int, Any], int] | None = None
         self._callback = _Callback(self._called)  # held: the library keeps a bare pointer
         self._c.espeak_SetSynthCallback(self._callback)
-        self._known: set[str] = set()
+        self._c.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_Voice))
+        self._names: dict[str, bytes] = {}  # as it is asked for: as the library calls it
 
     def check(self, voice: str) -> None:
         """Raises ConfigError when the library has no such voice."""
         with self._guard:
-            if voice not in self._known:
-                if self._c.espeak_SetVoiceByName(voice.encode()) != 0:
-                    raise ConfigError(
-                        f"espeak: there is no voice {voice!r}: take a language such as en-us, "
-                        "en-gb, de, fr, es, it, pt-br"
-                    )
-                self._known.add(voice)
+            if voice not in self._names:
+                self._names[voice] = self._named(voice)
+
+    def _named(self, voice: str) -> bytes:
+        """A voice's name is its own, its file's, or one of its languages, which `SetVoiceByName`
+        doesn't know: en-gb is the file `en`."""
+        name = voice.encode()
+        if self._c.espeak_SetVoiceByName(name) == 0:
+            return name
+        language, plus, variant = name.lower().replace(b"_", b"-").partition(b"+")
+        found: list[tuple[int, bytes]] = []
+        for one in _until_null(self._c.espeak_ListVoices(None)):
+            for priority, spoken in _languages(one.contents.languages):
+                if spoken == language:
+                    found.append((priority, one.contents.identifier))
+        for _, identifier in sorted(found):
+            if self._c.espeak_SetVoiceByName(identifier + plus + variant) == 0:
+                return bytes(identifier + plus + variant)
+        raise ConfigError(
+            f"espeak: there is no voice {voice!r}: take a language such as en-us, en-gb, de, fr, "
+            "es, it, pt-br"
+        )
 
     def say(self, text: str, how: _How, emit: Callable[[Chunk], bool]) -> None:
         """Say one sentence. Times in its cues count from its start."""
         with self._guard:
-            if self._c.espeak_SetVoiceByName(how.voice.encode()) != 0:
+            name = self._names.get(how.voice) or how.voice.encode()
+            if self._c.espeak_SetVoiceByName(name) != 0:
                 raise TransportError(f"espeak: the voice {how.voice!r} is gone", retryable=False)
             for parameter, value in (
                 (_SPEED, how.speed),
