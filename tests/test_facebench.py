@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from voipavatar import facebench
@@ -26,7 +27,7 @@ def speech(*phonemes: tuple[str, float, float]) -> Speech:
     return Speech("nobody", np.zeros(round(end * ENGINE_RATE), np.float32), cues, told=True)
 
 
-def mouth(seconds: float, *shut: tuple[float, float]) -> facebench.Float64:
+def mouth(seconds: float, *shut: tuple[float, float]) -> npt.NDArray[np.float64]:
     """A mouth that is open but for these stretches, a value a picture."""
     time = (np.arange(round(seconds * FPS)) + 0.5) / FPS
     out = np.full(len(time), 0.6)

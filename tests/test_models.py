@@ -180,6 +180,22 @@ def test_damage_is_named_with_its_symptom(tmp_path: Path, hub: Hub) -> None:
     assert models.verify(one, tmp_path / "m")[0].state == "missing"
 
 
+def test_one_version_under_the_others_name_is_named(tmp_path: Path) -> None:
+    """v1.0's and v1.5's UNet have the same keys and shapes: only their content tells."""
+    for path in ("musetalk/pytorch_model.bin", "musetalkV15/unet.pth"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_bytes(BIG)
+    for name, own in (("musetalk-v15", "unet.pth"), ("musetalk-v10", "pytorch_model.bin")):
+        told = models.verify(models.load_recipe(name), tmp_path)
+        (wrong,) = (one for one in told if one.state == "damaged")
+        assert wrong.file.path.endswith(own) and "is the same file as musetalk" in wrong.message
+        assert "matching the sound" in wrong.message
+    (tmp_path / "musetalk/pytorch_model.bin").write_bytes(BIG[::-1])
+    models.trust(models.load_recipe("musetalk-v10"), tmp_path)
+    told = models.verify(models.load_recipe("musetalk-v15"), tmp_path)
+    assert not [one for one in told if one.state == "damaged"]
+
+
 @pytest.mark.parametrize("layout", ["own", "old name", "hub cache", "repository", "flat"])
 def test_files_are_found_in_folders_of_all_kinds(tmp_path: Path, layout: str) -> None:
     """The air-gapped way: a folder from elsewhere."""

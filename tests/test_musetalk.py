@@ -280,26 +280,33 @@ def test_a_reset_in_the_middle_of_a_batch(kit: Kit) -> None:
     )
 
 
-def test_an_answer_that_is_no_number_is_not_shown(kit: Kit, caplog: Any) -> None:
+@pytest.mark.parametrize("where", ["imagine", "draw"])
+def test_an_answer_that_is_no_number_is_not_shown(kit: Kit, caplog: Any, where: str) -> None:
+    """A latent that is none, and a decoder whose sums ran over: black, or patches, otherwise."""
     engine = kit.engine
     assert isinstance(engine, MuseTalk)
     networks = engine.networks(*read_options(kit.options))
-    real = networks.imagine
+    real = getattr(networks, where)
 
     class Sick:
         def __call__(self, feeds: Any) -> dict[str, Any]:
-            return {"latent": real(feeds)["latent"] * np.float32(np.nan)}
+            good = real(feeds)
+            if where == "imagine":
+                return {"latent": good["latent"] * np.float32(np.nan)}
+            assert good["sound"].tolist() == [1] * len(good["face"])
+            return {"face": np.zeros_like(good["face"]), "sound": np.zeros_like(good["sound"])}
 
         def close(self) -> None:
             return None
 
     session, idle = kit.open(), kit.open()
     jobs = turn(session, iter([babble(0.4)]))
-    networks.imagine = Sick()
+    setattr(networks, where, Sick())
     try:
         kit.same(kit.draw(jobs), kit.draw(idle.idle(len(jobs))))
     finally:
-        networks.imagine, networks.failed = real, False
+        setattr(networks, where, real)
+        networks.failed = False
     assert "not a number" in caplog.text
 
 
@@ -407,9 +414,123 @@ def test_the_bench_says_what_it_measured(kit: Kit) -> None:
     report = bench(engine, kit.avatar, sessions=(1, 2), seconds=0.1, command="voipavatar bench x")
     assert report["stage_ms"]["1"].keys() == {"hear", "imagine", "draw"}
     assert report["sessions"].keys() == {"1", "2"}
+    for one in report["sessions"].values():
+        assert 0 < one["picture_ms_p50"] <= one["picture_ms_p95"] <= one["picture_ms_p99"]
+        # what must be heard first (92.5 ms and one more frame of the step) is part of the way
+        assert one["sound_to_picture_ms_p95"] > 132
+    assert report["against_fp32"] == {"mean": 0.0, "max": 0.0, "sound": True}
+    assert report["memory_mb"] > 50
     assert 0 < report["share_of_matmul"] < 1 and report["gflop_a_frame"] > 0.1
     text = table(report)
     assert "voipavatar bench x" in text and "torch" in text and "| 1 |" in text
+    assert "nan" not in text.lower() and "against fp32 torch" in text
+
+
+def test_bench_engine_takes_its_own_options_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench engine --engine musetalk --persona X --seconds Y` measures X for Y seconds."""
+    import click
+
+    from voipavatar import cli, musetalk_cli
+
+    seen: dict[str, Any] = {}
+    real = musetalk_cli.bench_musetalk
+    told = click.Command("musetalk", params=real.params, callback=lambda **said: seen.update(said))
+    monkeypatch.setattr(musetalk_cli, "bench_musetalk", told)
+    words = ["bench", "engine", "--engine", "musetalk", "--persona", "me.yaml", "--seconds", "3"]
+    cli.cli.main([*words, "--runtime", "onnxruntime", "--json"], standalone_mode=False)
+    wanted = {"persona": "me.yaml", "seconds": 3.0, "runtime": "onnxruntime", "as_json": True}
+    assert wanted.items() <= seen.items()
+    cli.cli.main(words[:4], standalone_mode=False)
+    assert seen["persona"] is None and seen["seconds"] == 2.0
+
+
+def test_random_weights_measure_and_are_never_taken_for_real(tmp_path: Path) -> None:
+    """`models random`: the engine runs on them, `models verify` and `pull` know them."""
+    from voipavatar.engines.musetalk_nets import generate
+    from voipavatar.models import load_recipe, verify
+
+    text = small_recipe(tmp_path).read_text().replace("generated: 20240414\n", "")
+    (tmp_path / "real.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "real.yaml")
+    assert recipe.generated is None
+    generate(recipe, tmp_path / "m", seed=1)
+    told = {one.file.path: one for one in verify(recipe, tmp_path / "m")}
+    for name in ("unet", "vae", "whisper"):
+        one = told[recipe.networks[name].weights]
+        assert one.state == "damaged" and "random weights" in one.message
+    engine = MuseTalk(Settings(cache_dir=tmp_path), device="cpu")
+    options = {"recipe": str(tmp_path / "real.yaml"), "models": str(tmp_path / "m")}
+    assert engine.networks(*read_options(options)).random
+    engine.close()
+    # the same content without the mark is a VAE that gives no picture back
+    (tmp_path / "m/random.json").unlink()
+    engine = MuseTalk(Settings(cache_dir=tmp_path), device="cpu")
+    with pytest.raises(EngineError, match="sd-vae-ft-mse"):
+        engine.networks(*read_options(options))
+    engine.close()
+
+
+def test_a_persona_of_this_engine_is_prepared_rendered_and_on_air(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """YAML to pictures, as `prepare`, `render` and everything that opens a session (`demo`,
+    `serve`, `worker`, `stream`) does it; a CPU is enough for the reduced model."""
+    import asyncio
+    import wave
+
+    import av
+    import yaml
+
+    from voipavatar.cli import cli
+    from voipavatar.config import load_persona
+    from voipavatar.session import Studio
+    from voipavatar.sinks import FileSink
+
+    monkeypatch.setenv("VOIPAVATAR_CACHE", str(tmp_path / "cache"))
+    persona = {
+        "engine": "musetalk",
+        "portrait": str(kit.source),
+        "landmarks": kit.options["landmarks"],
+        "width": 320,
+        "height": 240,
+        "voice": ["espeak"],
+        "engine_options": {"recipe": "musetalk-tiny"},
+    }
+    (tmp_path / "me.yaml").write_text(yaml.safe_dump(persona))
+    speech = (babble(1.0) * 20_000).astype(np.int16)
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setparams((1, 2, ENGINE_RATE, 0, "NONE", ""))
+        file.writeframes(speech.tobytes())
+    me = ["--persona", str(tmp_path / "me.yaml")]
+    render = ["render", *me, "--audio", str(tmp_path / "a.wav"), "--out", str(tmp_path / "a.mp4")]
+    for words in (["prepare", *me], render):
+        assert not cli.main(words, standalone_mode=False), words
+
+    def moved(path: Path, at: int) -> float:
+        """How far picture `at` lies from the first, which is idle."""
+        with av.open(str(path)) as clip:
+            shown = [frame.to_ndarray(format="gray") for frame in clip.decode(video=0)]
+        assert shown[0].shape == (240, 320)
+        return float(np.abs(shown[at].astype(int) - shown[0].astype(int)).max())
+
+    assert moved(tmp_path / "a.mp4", 20) > 10 >= moved(tmp_path / "a.mp4", 1)
+
+    async def on_air() -> None:
+        settings = Settings(cache_dir=tmp_path / "cache")
+        async with Studio(settings) as studio:
+            session = await studio.open(
+                load_persona(str(tmp_path / "me.yaml"), settings),
+                sinks=[
+                    lambda spec: FileSink(tmp_path / "b.mp4", spec.width, spec.height, spec.fps)
+                ],
+            )
+            said = session.open_turn()
+            said.push(speech, ENGINE_RATE)
+            said.end()
+            played = await asyncio.wait_for(said.finished, 120)
+            assert played.heard == pytest.approx(1.0, abs=0.05) and not played.interrupted
+
+    asyncio.run(on_air())
 
 
 def test_commands_import_lightly() -> None:

@@ -188,6 +188,24 @@ def test_the_engine_draws_the_same_without_torch(built: tuple[Path, Artefacts]) 
         assert gap.max() <= 2 and (gap > 0).mean() < 0.01
 
 
+def test_a_build_belongs_to_the_weights_that_are_there(
+    built: tuple[Path, Artefacts], tmp_path: Path
+) -> None:
+    """Other weights in the models folder: the built networks are of another model."""
+    from voipavatar.engines.musetalk import built_networks
+    from voipavatar.engines.musetalk_nets import generate
+
+    folder, _ = built
+    _, recipe, settings = tiny(folder)
+    ready = built_networks(recipe, settings, "onnxruntime", "cpu", "fp32", folder / "models")
+    assert ready.random and ready.built
+    ready.close()
+    built_networks(recipe, settings, "onnxruntime", "cpu", "fp32", tmp_path).close()  # none there
+    generate(recipe, tmp_path / "other", seed=8)
+    with pytest.raises(ConfigError, match="built for weights .*voipavatar build"):
+        built_networks(recipe, settings, "onnxruntime", "cpu", "fp32", tmp_path / "other")
+
+
 def test_corrupted_weights_are_not_installed(built: tuple[Path, Artefacts]) -> None:
     """A bit here and there in one network, and the build stops; what was installed stays."""
     import torch
@@ -199,11 +217,11 @@ def test_corrupted_weights_are_not_installed(built: tuple[Path, Artefacts]) -> N
     chosen, recipe, settings = tiny(folder, runtime="onnxruntime")
 
     def damage(name: str, module: torch.nn.Module) -> None:
-        if name == "draw":
+        if name == "hear":  # the first of them: what comes after is not even exported
             with torch.no_grad():
                 next(iter(module.parameters())).view(-1)[0] += 3.0
 
-    with pytest.raises(EngineError, match=r"draw\.onnx is refused"):
+    with pytest.raises(EngineError, match=r"hear\.onnx is refused"):
         build(chosen, recipe, settings, quiet, weights=damage)
     assert {one.name: one.stat().st_mtime_ns for one in artefacts.folder.iterdir()} == before
     assert not artefacts.folder.with_name(artefacts.folder.name + ".new").exists()
@@ -363,7 +381,7 @@ def test_what_cant_be_built_here_is_said_first(monkeypatch: pytest.MonkeyPatch) 
 def test_onnxruntime_never_takes_the_cpu_for_a_gpu(
     monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Artefacts]
 ) -> None:
-    """Its build has CUDA, the machine's libraries don't fit: it would go on a hundred times slower."""
+    """Its build has CUDA, but the machine's libraries don't fit: it goes on, very slowly."""
     import onnxruntime
 
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]

@@ -138,7 +138,7 @@ async def spoken(settings: Settings, voice: str, text: str = TEXT) -> Speech:
                 rate = chunk.rate
     finally:
         await made.aclose()
-    pcm = np.concatenate(parts).astype(np.float32) / 32768
+    pcm = np.concatenate(parts).astype(np.float32) / np.float32(32768)
     if not any(cue.kind == "phoneme" for cue in cues):
         raise VoipAvatarError(f"{voice} tells no phonemes: measure with piper or espeak")
     return Speech(voice, _to_engine(pcm, rate), tuple(cues), told=True)
@@ -174,7 +174,7 @@ def _flite(voice: str, text: str) -> Speech:
         if float(end) > begin:
             cues.append(Cue("phoneme", ARPABET[name], begin, float(end)))
         begin = float(end)
-    sound = _to_engine(pcm.astype(np.float32) / 32768, rate)
+    sound = _to_engine(pcm.astype(np.float32) / np.float32(32768), rate)
     return Speech(f"flite {voice}", sound, tuple(cues), told=False)
 
 

@@ -11,9 +11,11 @@ from a persona's YAML; boxes and masks are MuseTalk's (arXiv 2410.10122 and its 
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import pickle
+import pickletools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -686,8 +688,12 @@ def read_boxes(path: Path, limit: int = 1 << 24) -> list[tuple[float, float, flo
     try:
         if path.stat().st_size > limit:
             raise pickle.UnpicklingError("it is too large for boxes")
-        with path.open("rb") as file:
-            rows = _Numbers(file).load()
+        data = path.read_bytes()
+        for code, place, _ in pickletools.genops(data):
+            # a memo's number is a size that the reader asks memory for
+            if "PUT" in code.name and int(place or 0) > len(data):
+                raise pickle.UnpicklingError("it wants more memory than it can need")
+        rows = _Numbers(io.BytesIO(data)).load()
         boxes = [tuple(float(one) for one in row) for row in rows]
     except (OSError, ValueError, TypeError, EOFError, LookupError, AttributeError) as error:
         raise AvatarError(f"{path.name} can't be read as boxes: {error}") from None
@@ -730,6 +736,8 @@ def import_loop(
                 f"{folder.name}: {len(found)} latents for {len(boxes)} pictures: "
                 "prepare it again from its source"
             )
+        if {one.shape for one in found} - {(8, FACE // 8, FACE // 8)}:
+            raise AvatarError(f"{folder.name}: its latents are not of a face of {FACE} pixels")
         order = iter(found)
         rows = [next(order) if face or len(found) == len(boxes) else None for face in faces[:n]]
         blank = np.zeros_like(found[0])

@@ -166,7 +166,28 @@ class State:
 def verify(recipe: Recipe, folder: Path) -> list[State]:
     """Every file of a recipe against its size and hash. `good` files were compared with a hash
     that is published, or that was remembered when the file was first seen here."""
-    return [_verify(one, folder, recipe.generated is not None) for one in recipe.files]
+    states = [_verify(one, folder, recipe.generated is not None) for one in recipe.files]
+    return [_not_another(recipe, one, folder) for one in states]
+
+
+def _not_another(recipe: Recipe, state: State, folder: Path) -> State:
+    """Weights that are byte for byte those of another name: both versions of MuseTalk's UNet have
+    the same layout, so nothing else tells one from the other."""
+    path = state.file.path
+    weights = {net.weights for one in list_recipes() for net in one.networks.values()}
+    if not state.usable or path not in {net.weights for net in recipe.networks.values()}:
+        return state
+    for other in sorted(weights - {path}):
+        there, here = folder / other, folder / path
+        if not (there.is_file() and here.is_file()) or (
+            there.stat().st_size != here.stat().st_size
+            or checkpoint_key(there) != checkpoint_key(here)
+        ):
+            continue
+        symptom = f" You would see: {state.file.symptom}." if state.file.symptom else ""
+        text = f"{path} is the same file as {other}: one of them is wrong.{symptom}"
+        return State(state.file, "damaged", text)
+    return state
 
 
 def mark_random(folder: Path, *paths: str) -> None:

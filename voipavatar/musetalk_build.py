@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -360,7 +360,12 @@ def bench(
         "versions": {
             "voipavatar": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "onnxruntime", "tensorrt", "numpy")},
+            **{name: _version(name) for name in ("torch", "onnxruntime", "numpy")},
+            **(
+                {options.runtime: str(tensorrt_module(options.runtime).__version__)}
+                if options.runtime.startswith("tensorrt")
+                else {}
+            ),
         },
     }
     stages: dict[str, dict[str, float]] = {}
@@ -397,39 +402,86 @@ def bench(
         report["gflop_a_frame"] = round(each / 1e9, 1)
         report["matmul_tflops"] = round(rate / 1e12, 3)
         report["share_of_matmul"] = round(best * each / rate, 3)
-    report["memory_mb"] = _memory(device)
+    report["memory_mb"] = _memory(device, networks.built)
     progress("parity", 0.95)
     report["streaming_against_offline"] = streaming_error(networks, options)
+    models = models_folder(options, engine.settings)
+    report["against_fp32"] = against_fp32(recipe, networks, models)
     return report
 
 
 def _sessions(engine: MuseTalk, avatar: Avatar, n: int, seconds: float) -> dict[str, float]:
-    """`n` rooms that talk at once: frames a second in all, and how long a batch takes."""
+    """`n` rooms that talk at once, as the service draws them: what all of them have heard in one
+    step is due together, and goes through in the engine's own batches.
+
+    A picture's time is that from when its sound was there until its batch is done: the wait for
+    the batches before it is in it. `sound_to_picture` adds what must be heard before.
+    """
     rooms = [engine.open(avatar) for _ in range(n)]
     rng = np.random.default_rng(3)
     queues = []
     for room in rooms:
         pcm = (0.1 * rng.standard_normal(ENGINE_RATE * 4)).astype(np.float32)
-        queues.append(room.push(pcm)[room.spec.ease :])
-    jobs = [job for group in zip(*queues, strict=False) for job in group]  # rooms by turns
+        queues.append((room.push(pcm) + room.flush())[room.spec.ease :])
+    spec = rooms[0].spec
+    step = min(spec.step, len(queues[0]))
+    rounds = [
+        [job for queue in queues for job in queue[at : at + step]]
+        for at in range(0, len(queues[0]) - step + 1, step)
+    ]
     size = engine.info.batch
-    engine.render(jobs[:size])
-    took: list[float] = []
-    done = 0
+    engine.render(rounds[0][:size])
+    batches: list[float] = []
+    pictures: list[float] = []
+    done = turns = 0
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(took) < 2:
-        at = (done % max(1, len(jobs) - size)) if len(jobs) > size else 0
-        start = time.perf_counter()
-        done += len(engine.render(jobs[at : at + size]))
-        took.append(time.perf_counter() - start)
-    fps = done / sum(took)
+    while time.perf_counter() < end or turns < 2:
+        jobs = rounds[turns % len(rounds)]
+        began = time.perf_counter()
+        for at in range(0, len(jobs), size):
+            start = time.perf_counter()
+            drawn = len(engine.render(jobs[at : at + size]))
+            now = time.perf_counter()
+            batches.append(now - start)
+            pictures += [now - began] * drawn
+            done += drawn
+        turns += 1
+
+    def ms(values: list[float], q: int) -> float:
+        return round(float(np.percentile(values, q)) * 1000, 1)
+
+    fps = done / sum(batches)
+    before = spec.lookahead / ENGINE_RATE + (spec.step - 1) / spec.fps
     return {
         "fps": round(fps, 2),
         "fps_a_session": round(fps / n, 2),
-        "real_time": round(fps / n / rooms[0].spec.fps, 2),
-        "batch_ms_p50": round(float(np.percentile(took, 50)) * 1000, 1),
-        "batch_ms_p95": round(float(np.percentile(took, 95)) * 1000, 1),
-        "batch_ms_p99": round(float(np.percentile(took, 99)) * 1000, 1),
+        "real_time": round(fps / n / spec.fps, 2),
+        **{f"batch_ms_p{q}": ms(batches, q) for q in (50, 95, 99)},
+        **{f"picture_ms_p{q}": ms(pictures, q) for q in (50, 95, 99)},
+        "sound_to_picture_ms_p95": round(1000 * before + ms(pictures, 95), 1),
+    }
+
+
+def against_fp32(recipe: Recipe, networks: Networks, models: Path) -> dict[str, Any]:
+    """Two faces by this runtime and by torch in fp32 on the processor, from the same sound and
+    latents: the mean and the largest difference, in steps of 255. Empty without torch or weights.
+    """
+    try:
+        made = {
+            part.name: part for part in parts(recipe, models) if part.name in ("imagine", "draw")
+        }
+        feeds = made["imagine"].feeds
+        latent = golden(made["imagine"]).wants["latent"]
+        want = golden(replace(made["draw"], feeds={"latent": latent})).wants["face"]
+    except (ImportError, ConfigError) as error:
+        log.info("no comparison with torch", extra={"error": str(error)})
+        return {}
+    got, sound = networks.faces(feeds["latents"], feeds["heard"])
+    gap = np.abs(got.astype(np.float64) - want)
+    return {
+        "mean": round(float(gap.mean()), 4),
+        "max": float(gap.max()),
+        "sound": bool(sound.all()),
     }
 
 
@@ -479,15 +531,19 @@ def _device_name(device: str) -> str:
     return platform.processor() or "cpu"
 
 
-def _memory(device: str) -> float:
-    """Megabytes: on the GPU where there is one, else the process's peak."""
+def _memory(device: str, built: bool) -> float | None:
+    """Megabytes: what torch has taken of the GPU; of other runtimes, what is taken there in all,
+    by whomever; without a GPU the process's peak."""
     if device != "cpu":
         try:
             import torch
 
-            return float(torch.cuda.max_memory_reserved(device) // 1_000_000)
+            if not built:
+                return float(torch.cuda.max_memory_reserved(device) // 1_000_000)
+            free, total = torch.cuda.mem_get_info(device)
+            return float((total - free) // 1_000_000)
         except (ImportError, RuntimeError):
-            return 0.0
+            return None  # not known
     import resource
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
@@ -511,13 +567,16 @@ def table(report: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| sessions | frames/s | a session | × real time | batch ms p50 / p95 / p99 |",
-        "|---|---|---|---|---|",
+        "| sessions | frames/s | a session | × real time | batch ms p50 / p95 / p99 | "
+        "picture ms p50 / p95 / p99 | sound to picture ms p95 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for n, one in report["sessions"].items():
         lines.append(
             f"| {n} | {one['fps']} | {one['fps_a_session']} | {one['real_time']} | "
-            f"{one['batch_ms_p50']} / {one['batch_ms_p95']} / {one['batch_ms_p99']} |"
+            f"{one['batch_ms_p50']} / {one['batch_ms_p95']} / {one['batch_ms_p99']} | "
+            f"{one['picture_ms_p50']} / {one['picture_ms_p95']} / {one['picture_ms_p99']} | "
+            f"{one['sound_to_picture_ms_p95']} |"
         )
     lines.append("")
     if "share_of_matmul" in report:
@@ -526,11 +585,18 @@ def table(report: dict[str, Any]) -> str:
             f"{report['matmul_tflops']} TFLOP/s that a matmul reaches here. "
         )
     error = report["streaming_against_offline"]
+    taken = "not known" if report["memory_mb"] is None else f"{report['memory_mb']:.0f} MB"
     lines.append(
-        f"Blending {report.get('paste_ms', 0)} ms a picture; memory {report['memory_mb']} MB; "
+        f"Blending {report.get('paste_ms', 0)} ms a picture; memory {taken}; "
         f"features streaming against offline: mean {error['mean']}, max {error['max']} (in "
         "standard deviations)."
     )
+    parity = report["against_fp32"]
+    if parity:
+        lines.append(
+            f"Faces against fp32 torch: mean {parity['mean']}, max {parity['max']:.0f} of 255"
+            + ("." if parity["sound"] else "; NOT SOUND: the decoder's numbers run over.")
+        )
     return "\n".join(lines)
 
 

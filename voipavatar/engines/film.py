@@ -175,7 +175,7 @@ class FilmPuppet(Puppet):
             return
         pose = self.poses[i]
         turn = np.array([[pose[0].real, -pose[0].imag], [pose[0].imag, pose[0].real]])
-        anchors, upper, lower = self._edges(i, pose, weights)
+        anchors, upper, lower = self._lips_at(i, pose, weights)
         line, soft = self._dividing(x, width, upper, lower)
         first = math.floor((line - soft / 2).min() - y) // 4 * 4 - 4
         last = -(-math.ceil((line + soft / 2).max() - y) // 4) * 4 + 4
@@ -220,7 +220,7 @@ class FilmPuppet(Puppet):
             2, 0, 1
         )
 
-    def _edges(self, i: int, pose: Poses, weights: Float32) -> tuple[Float32, Float64, Float64]:
+    def _lips_at(self, i: int, pose: Poses, weights: Float32) -> tuple[Float32, Float64, Float64]:
         frame = self.rig.frame
         down = self._down * self._unit
         anchors = np.stack([frame[0], frame[0] + 0.2 * frame[1], frame[0] + 0.2 * down])

@@ -904,7 +904,7 @@ class MuseTalk:
         self, settings: Settings, device: str | None = None, finder: Finder | None = None
     ) -> None:
         """`finder` serves `landmarker: mesh`; `mesh_finder`'s unless given."""
-        self._settings = settings
+        self.settings = settings
         self._finder = finder
         self._device = device or default_device()
         self._networks: dict[tuple[str, ...], Networks] = {}
@@ -928,7 +928,7 @@ class MuseTalk:
             raise EngineError("this engine is closed: make another one")
         device = options.device or self._device
         precision = options.precision or ("fp32" if device == "cpu" else "fp16")
-        folder = models_folder(options, self._settings)
+        folder = models_folder(options, self.settings)
         key = (
             recipe.name,
             options.runtime,
@@ -945,7 +945,7 @@ class MuseTalk:
                     raise ConfigError("engine_options.legacy_audio: needs runtime: torch")
                 else:
                     made = built_networks(
-                        recipe, self._settings, options.runtime, device, precision, folder
+                        recipe, self.settings, options.runtime, device, precision, folder
                     )
                 if not made.random:
                     self_test(made)
@@ -1044,7 +1044,7 @@ class MuseTalk:
 
     def _landmarker(self, options: Options, recipe: Recipe, clip: Clip) -> tuple[Landmarker, str]:
         """The landmarker a persona asks for, and its name."""
-        folder = models_folder(options, self._settings)
+        folder = models_folder(options, self.settings)
         how = options.landmarker
         dwpose = recipe.networks.get("landmarks")
         there = dwpose is not None and (folder / dwpose.weights).is_file()
@@ -1055,7 +1055,7 @@ class MuseTalk:
                 raise ConfigError("landmarker: given, but the persona has no landmarks")
             return Given(clip.fit.points(from_yaml(options.landmarks))), how
         if how == "mesh":
-            finder = self._finder or mesh_finder(self._settings)
+            finder = self._finder or mesh_finder(self.settings)
             return Mesh(partial(finder, at=options.face_at)), how
         if dwpose is None or not there:
             raise ConfigError(
@@ -1075,7 +1075,7 @@ class MuseTalk:
             net = recipe.networks.get("parser")
             there = net is not None and (
                 options.runtime != "torch"
-                or (models_folder(options, self._settings) / net.weights).is_file()
+                or (models_folder(options, self.settings) / net.weights).is_file()
             )
             how = "bisenet" if there else "points"
             if how == "points":
