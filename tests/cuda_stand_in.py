@@ -71,7 +71,7 @@ class Driver:
         if not any(np.shares_memory(array, one) for one in self.pinned):
             raise Wrong("an asynchronous copy with memory that is not pinned")
 
-    def memcpy_htod_async(self, there: Any, here: npt.NDArray[Any], stream: Stream) -> None:
+    def memcpy_htod_async(self, there: Any, here: npt.NDArray[Any], stream: Any) -> None:
         self.current()
         self._pinned(here)
 
@@ -81,7 +81,7 @@ class Driver:
 
         stream.put(copy)
 
-    def memcpy_dtoh_async(self, here: npt.NDArray[Any], there: Any, stream: Stream) -> None:
+    def memcpy_dtoh_async(self, here: npt.NDArray[Any], there: Any, stream: Any) -> None:
         self.current()
         self._pinned(here)
 
@@ -314,4 +314,4 @@ class Bench:
             ("cuda.bindings.driver", self.graphs),
             (kind, self.trt),
         ):
-            patch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+            patch.setitem(sys.modules, name, module)

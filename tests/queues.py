@@ -161,6 +161,7 @@ class Client:
         self._connection: AbstractRobustConnection | None = None
         self._channel: AbstractChannel | None = None
         self._new = asyncio.Event()
+        self._ear = f"ear-{uuid.uuid4().hex[:8]}"
 
     async def __aenter__(self) -> Client:
         self._connection = await aio_pika.connect_robust(
@@ -170,13 +171,17 @@ class Client:
         exchange = await self._channel.declare_exchange(
             self.options.events, aio_pika.ExchangeType.TOPIC, durable=True
         )
-        queue = await self._channel.declare_queue(f"ear-{uuid.uuid4().hex[:8]}", durable=True)
+        queue = await self._channel.declare_queue(self._ear, durable=True)
         await queue.bind(exchange, f"session.{self._session}.*")
         await queue.consume(self._heard, no_ack=False)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        assert self._connection is not None
+        assert self._connection is not None and self._channel is not None
+        # The broker is everybody's: what hundreds of queues take of it, later tests would miss.
+        for name in (self._ear, *self.options.own_names):
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._channel.queue_delete(name), 5.0)
         await self._connection.close()
 
     async def _heard(self, message: AbstractIncomingMessage) -> None:

@@ -180,11 +180,11 @@ def test_it_is_cheap() -> None:
     pcm = tone(4.0)
     best = 1e9
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.thread_time()
         whole(articulator, pcm)
-        best = min(best, time.perf_counter() - began)
-    # 0.3 ms per 40 ms of sound where it was written; the limit is for crowded machines.
-    assert best / 100 < 4e-3
+        best = min(best, time.thread_time() - began)
+    # Two hundredths of a core; 0.4 ms per 40 ms of sound where it was written.
+    assert best / 100 < 2 * 0.4e-3
 
 
 # --- phonemes -------------------------------------------------------------------------------------
@@ -287,7 +287,13 @@ def test_the_jaw_follows_the_phonemes_and_bilabials_close(
         )
         for r in runs
     ]
-    assert np.mean(shut) >= (0.95 if cued else 0.7)
+    assert np.mean(shut) >= (0.95 if cued else 0.85)
+    # Open vowels away from bilabials are not bitten shut.
+    open_ = [
+        k for k in range(1, len(jaw) - 1) if jaw[k] > 0.6 and closed[k - 1 : k + 2].max() < 0.1
+    ]
+    assert len(open_) >= 8
+    assert np.mean(rows[open_, PRESS_AT] > 0.7) <= (0.0 if cued else 0.2)
 
 
 @pytest.mark.parametrize("voice", ["espeak", "piper"])
@@ -311,11 +317,95 @@ def test_cues_can_come_before_or_just_ahead_of_their_rows(
     assert np.array_equal(np.concatenate(rows), expected)
 
 
-def test_words_and_gestures_are_passed_over() -> None:
+def test_gestures_and_cues_without_length_are_passed_over() -> None:
     articulator = Articulator()
-    articulator.cue([Cue("word", "mama", 0.0, 1.0), Cue("gesture", "nod", 0.0, 1.0)])
-    articulator.cue([Cue("phoneme", "p", 1.0, 1.0)])
+    articulator.cue([Cue("gesture", "nod", 0.0, 1.0), Cue("phoneme", "p", 1.0, 1.0)])
     assert np.array_equal(whole(articulator, tone(0.5)), whole(Articulator(), tone(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("word", "closing"),
+    [
+        ("Mum", True),
+        ("lamp,", True),
+        ("phantom", True),
+        ("photo", False),
+        ("the", False),
+        ("sky", False),
+        ("never", None),
+        ("26", None),
+        ("Мама", True),
+        ("рыба", True),
+        ("стол", False),
+        ("μπορώ", True),
+        ("こんばんは", None),
+        ("...", None),
+    ],
+)
+def test_spelling_tells_of_closures(word: str, closing: bool | None) -> None:
+    assert art.closes(word) is closing
+
+
+def test_a_word_without_closures_keeps_the_lips_apart_and_one_with_them_does_not() -> None:
+    # The same doubtful sound for half a second, heard as a closure or as something else.
+    doubtful = np.full(len(CLASSES), 0.0, np.float32)
+    doubtful[CLASSES.index("PP")], doubtful[CLASSES.index("DD")] = 0.4, 0.6
+    shares: dict[str | None, float] = {}
+    for text in ("sky", "mop", "26", None):
+        articulator = Articulator()
+        if text is not None:
+            articulator.cue([Cue("word", text, 0.0, 0.5)])
+        mixed, told = articulator._with_cues(doubtful, 0.25)
+        assert mixed.sum() == pytest.approx(1.0) and not told
+        shares[text] = float(mixed[CLASSES.index("PP")])
+    assert shares["sky"] < 0.06
+    assert shares["mop"] == shares["26"] == shares[None] == pytest.approx(0.4)
+    # Where two words meet, and after them, nothing is ruled out.
+    articulator = Articulator()
+    articulator.cue([Cue("word", "sky", 0.0, 0.5), Cue("word", "mop", 0.5, 0.8)])
+    assert articulator._with_cues(doubtful, 0.30)[0][1] < 0.06
+    assert articulator._with_cues(doubtful, 0.47)[0][1] == pytest.approx(0.4)
+    assert articulator._with_cues(doubtful, 1.2)[0][1] == pytest.approx(0.4)
+
+
+def test_who_tells_phonemes_tells_the_closures() -> None:
+    heard = np.zeros(len(CLASSES), np.float32)
+    heard[CLASSES.index("PP")] = 1.0
+    for phoneme, closed in (("d", False), ("ɑ", False), ("b", True)):
+        articulator = Articulator()
+        articulator.cue([Cue("phoneme", phoneme, 0.0, 0.2)])
+        mixed, told = articulator._with_cues(heard, 0.1)
+        assert told and mixed.sum() == pytest.approx(1.0)
+        assert bool(mixed[CLASSES.index("PP")] > 0.7) is closed
+        assert closed or mixed[CLASSES.index("PP")] < 1e-6
+
+
+def test_words_without_closures_rid_speech_of_false_ones(
+    espeak: Any, piper: Any, voices: ModuleType
+) -> None:
+    for spoken in (espeak, piper):
+        _, closed = reference(spoken, voices)
+        runs = closures(closed)
+        # Around each closure a word that has it, elsewhere words that have none.
+        edges = [0.0]
+        for r in runs:
+            edges += [max(edges[-1], r.start / 25 - 0.1), r.stop / 25 + 0.1]
+        edges.append(len(closed) / 25)
+        cues = [
+            Cue("word", "mop" if i % 2 else "sky", low, high)
+            for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+            if high > low
+        ]
+        counts = []
+        for told in ([], cues):
+            articulator = Articulator()
+            articulator.cue(told)
+            press = whole(articulator, spoken.pcm)[:, PRESS_AT]
+            near = [(press[max(0, r.start - 1) : r.stop + 1] > 0.7).any() for r in runs]
+            wrong = [closed[max(0, k - 2) : k + 3].max() < 0.1 for k in np.flatnonzero(press > 0.7)]
+            counts.append((sum(near), sum(wrong)))
+        assert counts[1][0] >= counts[0][0]  # none is lost
+        assert counts[1][1] <= 0.5 * counts[0][1]
 
 
 def test_posteriors_know_the_sounds(espeak: Any, voices: ModuleType) -> None:
@@ -360,6 +450,18 @@ def test_the_mouth_comes_to_rest_after_speech(espeak: Any) -> None:
     rest = frames_for(len(espeak.pcm), ENGINE_RATE, 25) + 15
     assert rows[: rest - 15, JAW_AT].max() > 0.4
     assert not rows[rest:].any()
+
+
+def test_laughter_opens_the_mouth_and_does_not_flap_it(voices: ModuleType) -> None:
+    turns = []
+    for seed in range(2000, 2006):
+        pcm, laughs = voices.laughter(np.random.default_rng(seed), 4 * ENGINE_RATE)
+        rows = whole(Articulator(), (0.05 * pcm).astype(np.float32))
+        inside = laughs[320::640][: len(rows)]
+        assert rows[inside, PRESS_AT].mean() < 0.05
+        turns.append(np.abs(np.diff(rows[:, JAW_AT])).mean())
+    # In speech the jaw goes 0.09 of its way from picture to picture.
+    assert np.mean(turns) < 0.06
 
 
 @pytest.mark.parametrize("kind", ["coloured", "music", "breath"])

@@ -244,9 +244,12 @@ def test_render_of_what_is_no_sound_is_one_line(tmp_path: Path) -> None:
 
 
 def test_bench_tells_numbers_as_json() -> None:
-    done = run("bench", "engine", "--persona", "clapper", "--seconds", "1", "--json")
+    bench = ("bench", "engine", "--persona", "clapper", "--size")
+    done = run(*bench, "320x180", "--seconds", "1", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert found["size"] == "320x180"
+    assert "WIDTHxHEIGHT" in run(*bench, "large").stderr
     assert any(isinstance(value, float) and value > 0 for value in found.values()), found
 
 

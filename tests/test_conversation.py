@@ -7,14 +7,19 @@ import contextlib
 import dataclasses
 import json
 import logging
+import runpy
+import sys
 import time
+import types
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import livekit.plugins
 import numpy as np
 import pytest
+import yaml
 from livekit import api, rtc
 from livekit.agents import inference, llm, stt, tts, utils
 from livekit.agents.utils import is_given
@@ -372,7 +377,7 @@ stt: tests.hearing.StreamingEar
 tts: tests.hearing.Words
 turn_detection: stt
 tools: [tests.hearing.look_up]
-stay: 4
+stay: 3
 session: {aec_warmup_duration: 0, turn_handling: {endpointing: {min_delay: 0.1},
           interruption: {min_duration: 0.2}}}
 """.replace("LONG", " ".join(["word"] * 30))
@@ -512,6 +517,52 @@ async def test_a_bad_agent_fails_at_the_start(livekit: LiveKitServer, tmp_path: 
     with pytest.raises(ConfigError, match="give a --persona with an agent section"):
         async with working(livekit, tmp_path, "clapper", every_room=True):
             pass
+
+
+def test_the_example_is_a_persona(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = Path(__file__).parent.parent / "examples"
+    persona = load_persona(examples / "agent.yaml")
+    assert persona.agent is not None and persona.agent.llm is not None
+    # Its other variant, which stands there in comments.
+    text = (examples / "agent.yaml").read_text("utf-8")
+    [line] = [line for line in text.splitlines() if line.strip().startswith("# realtime:")]
+    whole = yaml.safe_load(text)
+    whole["agent"]["realtime"] = yaml.safe_load(line.strip().lstrip("# "))["realtime"]
+    for name in ("llm", "stt"):
+        del whole["agent"][name]
+    other = Persona.model_validate(whole)
+    assert other.agent is not None and other.agent.realtime is not None
+    assert other.agent.realtime.options["voice"] == "Puck"
+
+
+async def test_the_examples_in_python_make_their_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name and argument of theirs is one that the installed livekit-agents has."""
+    from livekit.agents import AgentSession, JobContext
+    from livekit.plugins import voipavatar
+
+    class Enough(Exception):
+        pass
+
+    async def start(self: Any, session: AgentSession[Any], room: Any) -> None:
+        assert not session.options.interruption["resume_false_interruption"]
+        raise Enough
+
+    async def connect(**more: Any) -> None: ...
+
+    monkeypatch.setenv("GOOGLE_API_KEY", "x")
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    monkeypatch.setattr(voipavatar.AvatarSession, "start", start)
+    deepgram = types.ModuleType("livekit.plugins.deepgram")
+    deepgram.STT = lambda model: hearing.Ear()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "livekit.plugins.deepgram", deepgram)
+    monkeypatch.setattr(livekit.plugins, "deepgram", deepgram, raising=False)
+    examples = Path(__file__).parent.parent / "examples"
+    for name in ("agent.py", "agent_pipeline.py"):
+        entrypoint = runpy.run_path(str(examples / name))["entrypoint"]
+        job = cast(JobContext, types.SimpleNamespace(connect=connect, room=None))
+        async with utils.http_context.open():
+            with pytest.raises(Enough):
+                await entrypoint(job)
 
 
 def test_an_agent_that_asks_for_a_face_gets_only_that() -> None:

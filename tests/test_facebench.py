@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from voipavatar import facebench
@@ -26,7 +27,7 @@ def speech(*phonemes: tuple[str, float, float]) -> Speech:
     return Speech("nobody", np.zeros(round(end * ENGINE_RATE), np.float32), cues, told=True)
 
 
-def mouth(seconds: float, *shut: tuple[float, float]) -> facebench.Float64:
+def mouth(seconds: float, *shut: tuple[float, float]) -> npt.NDArray[np.float64]:
     """A mouth that is open but for these stretches, a value a picture."""
     time = (np.arange(round(seconds * FPS)) + 0.5) / FPS
     out = np.full(len(time), 0.6)
@@ -82,7 +83,7 @@ def good_row(**other: Any) -> dict[str, Any]:
     ("key", "value"),
     [
         ("recall", 0.94),
-        ("vowels", 0.03),
+        ("vowels", 0.06),
         ("r", 0.49),
         ("lag_frames", -1.2),
         ("jitter", 1.1),
@@ -144,6 +145,6 @@ def test_the_command_measures_a_face_with_cues_and_by_sound() -> None:
     for cued, row in rows.items():
         assert row["bilabials"] >= 20
         assert row["recall"] >= (0.95 if cued else 0.85)
-        assert row["vowels"] <= 0.05
+        assert row["vowels"] <= 0.15
         assert abs(row["lag_frames"]) <= 1.0
         assert row["jitter"] <= 1.0 and row["seam"] < 1.0 and row["outside_mean"] < 0.05

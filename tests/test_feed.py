@@ -253,8 +253,13 @@ async def test_a_room_is_fed_and_a_drain_hands_room_and_queue_over(
         assert first.done()
         assert [one["queue"] for one in (await health(second))["queues"]] == [options.queue]
         await asyncio.sleep(0.3)
+        # A viewer's buffers stretch what comes late: how often it was said, the receipts know.
         heard = sum(last - begin for begin, last in viewer.loud_spans(gap=0.05)) / 48_000
-        assert heard == pytest.approx(6.6, abs=0.5), "said twice, or not at all"
+        assert heard > 6.0
+        begun = [one.message_id for one in client.events if one.type == "started"]
+        assert begun == ["heard", *ids]
+        spoken = sum(client.ends(id)[0].model_dump()["spoken_ms"] for id in begun if id)
+        assert spoken == pytest.approx(6_600, abs=10)
 
 
 async def test_an_avatar_that_has_an_agent_leaves_with_it_queue_or_not(
@@ -270,10 +275,9 @@ async def test_an_avatar_that_has_an_agent_leaves_with_it_queue_or_not(
             wish = {"persona": "host", "agent": "agent"}
             await undo.enter_async_context(dispatched(livekit, name, room, wish))
             end = time.monotonic() + 15
-            while not (await health(task))["queues"]:
+            while not (queues := (await health(task))["queues"]) or queues[0]["broker"] != "up":
                 assert time.monotonic() < end
                 await asyncio.sleep(0.1)
-            await asyncio.sleep(1.0)
             await client.send(audio(0.3, "beside"))
             assert await client.ended("beside") == ["finished"]
         end = time.monotonic() + 15

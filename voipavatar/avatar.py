@@ -89,15 +89,19 @@ def blend(face: UInt8, under: UInt8, mask: UInt8) -> UInt8:
     `t + (t >> 8) >> 8` for every such t.
     """
     out = np.empty_like(under)
-    # in strips that stay in the cache, and below the size at which memory is asked of the system
-    rows = max(1, 24_000 // max(1, under[:1].size))
+    # in strips that stay in the cache, with the same two buffers for all of them
+    rows = max(1, min(len(under), 32_000 // max(1, under[:1].size)))
+    sums = np.empty((2, rows, *under.shape[1:]), np.uint16)
     for top in range(0, len(under), rows):
         part = slice(top, top + rows)
-        total = face[part] * mask[part].astype(np.uint16)
-        total += under[part] * (255 - mask[part]).astype(np.uint16)
+        total, other = sums[:, : len(under[part])]
+        np.multiply(face[part], mask[part], out=total, dtype=np.uint16)
+        np.multiply(under[part], np.invert(mask[part]), out=other, dtype=np.uint16)
+        total += other
         total += 128
-        total += total >> 8
-        total >>= 8
+        np.right_shift(total, 8, out=other)
+        total += other
+        np.right_shift(total, 8, out=total)
         out[part] = total
     return out
 

@@ -28,7 +28,7 @@ from .ledger import SqliteLedger
 from .media import Frame, ManualClock
 from .messages import OUTCOMES
 from .rabbitmq import QueueFeed, QueueOptions
-from .session import Studio
+from .session import Session, Studio
 from .stage import Options
 from .version import __version__
 
@@ -103,6 +103,20 @@ async def queue(
         if hours:
             found |= await _endure(settings, url, Path(folder), 0.0, hours * 3600, tell)
     return found
+
+
+class _Hurry(ManualClock):
+    """Faked time that dawdles while there is nothing to say: to idle at full speed would take the
+    machine from the broker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.session: Session | None = None
+
+    async def sleep_until(self, when: float) -> None:
+        if self.session is not None and not self.session.stage.waiting():
+            await asyncio.sleep(0.005)
+        await super().sleep_until(when)
 
 
 class _Bench:
@@ -255,12 +269,12 @@ async def _endure(
         undo.push_async_callback(ledger.aclose)
         place = Place(studio, clapper, options.queue, sinks=[sink])
         if faked:
-            place.adopt(
-                await studio.open(
-                    clapper, id=options.queue, sinks=[sink], clock=ManualClock(),
-                    options=Options(patient=True, hold=1 << 30),
-                )
+            clock = _Hurry()
+            clock.session = await studio.open(
+                clapper, id=options.queue, sinks=[sink], clock=clock,
+                options=Options(patient=True, hold=1 << 30),
             )  # fmt: skip
+            place.adopt(clock.session)
         else:
             await place.open()
         undo.push_async_callback(place.aclose)

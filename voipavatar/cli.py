@@ -877,7 +877,7 @@ def bench_sync(settings: Settings, minutes: float, as_json: bool) -> int:
     help="A picture or a clip, in place of a persona.",
 )
 @click.option("--size", help="WIDTHxHEIGHT of the picture, as 1920x1080; the persona's own.")
-@click.option("--seconds", type=click.FloatRange(1, 3600), default=10.0, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0.05, 3600), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def bench_engine(
@@ -896,9 +896,10 @@ def bench_engine(
     if name == "musetalk":
         from .musetalk_cli import bench_musetalk
 
+        # those that it doesn't have are refused there, not forgotten here
         said = {
             key: ["--" + key, str(context.params[key])]
-            for key in ("persona", "seconds")
+            for key in ("persona", "portrait", "size", "seconds")
             if context.get_parameter_source(key) is not ParameterSource.DEFAULT
         }
         args = [*context.args, *itertools.chain(*said.values()), *["--json"] * as_json]

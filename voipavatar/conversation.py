@@ -264,7 +264,8 @@ class Conversation:
     async def _close_room(self, room: rtc.Room) -> None:
         """A room in which there was only this agent would keep the next one that comes waiting:
         LiveKit dispatches when a room is made. So the next one gets a new room."""
-        if not room.isconnected() or room.remote_participants:
+        others = set(room.remote_participants) - {self._place.identity}  # which is just leaving
+        if not room.isconnected() or others:
             return
         settings = self._place.settings
         timeout = aiohttp.ClientTimeout(total=CLOSE)

@@ -223,7 +223,13 @@ def build(
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="torch", show_default=True)
 @click.option("--precision", type=click.Choice(PRECISIONS), help="fp16 on a GPU unless said.")
 @click.option("--device", help="cuda:0, cpu; what is there unless said.")
-@click.option("--seconds", default=2.0, show_default=True, help="For each measurement.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.05, 60),
+    default=2.0,
+    show_default=True,
+    help="For each measurement.",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @_at
 def bench_musetalk(
@@ -283,7 +289,7 @@ def bench_musetalk(
 
 
 @click.command()
-@click.option("--runs", type=click.IntRange(3, 1000), default=25, show_default=True)
+@click.option("--runs", type=click.IntRange(1, 1000), default=8, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def bench_blend(runs: int, as_json: bool) -> None:
     """Putting a face back into its picture, at five sizes: ours against Pillow's way, and whether

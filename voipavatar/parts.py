@@ -105,6 +105,7 @@ def session_options(options: SessionOptions) -> dict[str, Any]:
     given = options.model_dump(exclude_none=True, exclude={"turn_handling"})
     for name in ("user_away_timeout", "aec_warmup_duration"):  # None is a value of these
         given[name] = getattr(options, name)
+    given["session_close_transcript_timeout"] = 0.5  # when it closes nobody is there any more
     turns: dict[str, Any] = options.turn_handling.model_dump(exclude_none=True)
     turns = {name: group for name, group in turns.items() if group}
     # An avatar stops; it can't be held in mid-word and go on.

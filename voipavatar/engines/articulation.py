@@ -4,8 +4,10 @@
 
 1. 40 log-mel bands every 10 ms, relative to a decaying peak and to the voice's own mean spectrum,
    both followed causally, so that neither loudness nor the channel matters;
-2. a small network (weights in `articulation.npz`, trained by `tools/train_articulation.py`) that
-   says which of fifteen mouth classes is being spoken, 47 ms of sound ahead of the moment;
+2. a small network over time (weights in `articulation.npz`, trained by
+   `tools/train_articulation.py`) that says which of fifteen mouth classes is being spoken: it hears
+   235 ms around the moment, 78 of them after it, for it is the opening of a closure that tells
+   lips from tongue;
 3. dominance blending (Cohen and Massaro, "Modeling coarticulation in synthetic visual speech",
    1993): every class asks for some parameters firmly and for others hardly at all, and what is
    hardly asked for stays where it was;
@@ -51,19 +53,23 @@ HOP = 160
 
 BANDS = 40
 
-OFFSETS = (-9, -6, -4, -2, -1, 0, 1, 2, 3)
-"""Steps whose features the network sees, relative to the one it judges."""
+LAYERS = ((-2, -1, 0, 1, 2), (-4, -2, 0, 2), (-8, -4, 0, 3), (0,), (0,))
+"""For each layer of the network the steps of the layer before that it sees, relative to its own."""
+
+FUTURE = sum(places[-1] for places in LAYERS)
+"""Steps after the one judged that the network hears."""
+
+PAST = -sum(places[0] for places in LAYERS)
 
 _WINDOW = 400
 _FFT = 512
 _BEFORE = _WINDOW // 2 - HOP // 2  # a step's window is centred on the step
 _AFTER = _BEFORE + HOP  # samples needed from the step's start
 _LEAD = 3  # steps that targets are ahead of the sound: the filters below take about as long
-_AHEAD = max(OFFSETS) + _LEAD
-_PAST = -min(OFFSETS)
+_AHEAD = FUTURE + _LEAD
 
-LOOKAHEAD = 1280
-"""Samples after a frame's end that its row waits for: 80 ms."""
+LOOKAHEAD = 1920
+"""Samples after a frame's end that its row waits for: 120 ms."""
 
 assert _AHEAD * HOP + _AFTER <= LOOKAHEAD + 1
 
@@ -125,6 +131,28 @@ def shape(phoneme: str) -> tuple[tuple[str, float], ...]:
     return ((found[0], _DIPHTHONG), *((name, rest) for name in found[1:]))
 
 
+_CLOSING = frozenset("pbmпбмπμպբմփ")
+_DOUBTFUL = frozenset("vwnвуνβ0123456789&%@+")
+_SPELLED = ((0x41, 0x24F), (0x370, 0x3FF), (0x400, 0x52F), (0x530, 0x58F), (0x1E00, 0x1EFF))
+
+
+def closes(word: str) -> bool | None:
+    """Whether a word's spelling asks for shut lips; None where it doesn't tell.
+
+    In the alphabets of Europe p, b and m are nearly always written as such, whatever the language,
+    and hardly ever said where they aren't written. A v may be one (Spanish), an n may become one
+    ("in Paris"), a figure can be anything; and other scripts are not known.
+    """
+    letters = [c for c in word.casefold().replace("ph", "f") if not c.isspace()]
+    if any(c in _CLOSING for c in letters):
+        return True
+    known = all(
+        not c.isalpha() or any(low <= ord(c) <= high for low, high in _SPELLED) for c in letters
+    )
+    doubt = any(c in _DOUBTFUL for c in letters)
+    return False if known and not doubt and any(c.isalpha() for c in letters) else None
+
+
 # --- what a class wants of the mouth --------------------------------------------------------------
 
 _VOWELS = frozenset(("aa", "E", "I", "O", "U", "ax"))
@@ -149,6 +177,12 @@ _WANTS: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
+# How firmly lips are kept apart, where it isn't 0.2. A p, b or m without shut lips is seen at once,
+# a vowel with shut ones too, but not lips that meet at a t, an n or in a pause: what may be either
+# of those and a closure is shown as one.
+_OPEN = {**dict.fromkeys(_VOWELS, 0.9), "sil": 0.3, "FF": 0.5}
+
+
 def _tables() -> tuple[Float64, Float64]:
     """Targets V and dominances A, (classes, 7)."""
     names = PARAMETERS[:7]
@@ -158,9 +192,8 @@ def _tables() -> tuple[Float64, Float64]:
         for j, parameter in enumerate(names):
             # A consonant leaves the vowels' lip shape alone; closures end with their sound.
             loose = parameter in ("width", "round") and name not in _VOWELS
-            targets[i, j], firmness[i, j] = _WANTS[name].get(
-                parameter, (0.0, 0.1 if loose else 0.5)
-            )
+            usual = _OPEN.get(name, 0.2) if parameter == "press" else 0.1 if loose else 0.5
+            targets[i, j], firmness[i, j] = _WANTS[name].get(parameter, (0.0, usual))
     return targets, firmness
 
 
@@ -172,8 +205,9 @@ JAW: dict[str, float] = {name: float(_TARGETS[i, 0]) for i, name in enumerate(CL
 """Jaw opening that each class asks for: what a drawn mouth's opening can be held against."""
 
 _SIL = CLASSES.index("sil")
-# How much the last target counts against a new one, by parameter: little for closures.
-_HOLD = np.array([0.35, 0.35, 0.35, 0.08, 0.08, 0.25, 0.25])
+_CLOSED = CLASSES.index("PP")
+# How much the last target counts against a new one, by parameter.
+_HOLD = np.array([0.35, 0.35, 0.35, 0.12, 0.08, 0.25, 0.25])
 _RISE = 2 * math.pi * np.array([8.0, 9.0, 9.0, 14.0, 14.0, 10.0, 10.0])  # rad/s, by parameter
 _FALL = 2 * math.pi * np.array([9.0, 9.0, 9.0, 16.0, 14.0, 10.0, 10.0])
 _STEP = HOP / ENGINE_RATE
@@ -181,6 +215,10 @@ _QUIET = 12  # steps of silence after which the mouth goes to rest
 _SNAP = 2e-3  # below this a resting parameter is 0
 _CUE_WEIGHT = 0.8
 _CUE_FADE = 0.04  # s
+_WORD_EDGE = 0.06  # s by which a word's times may be wrong
+_UNSPELLED = 0.06  # what is left of a closure's likelihood where the word has none
+_LIKELY = (0.08, 0.35)  # what a closure must be asked for, to begin and to be whole
+_KEPT = 1  # steps that a closure is kept up for when it isn't heard any more
 _CLOSURE = 0.06  # s that lips and teeth take to be seen closing, however short the sound
 
 # --- features -------------------------------------------------------------------------------------
@@ -273,7 +311,7 @@ class Weights:
     scale: Float32
     """Its standard deviation, (BANDS,)."""
     layers: tuple[tuple[Float32, Float32], ...]
-    """Matrix (outputs, inputs) and bias (outputs,) of each layer."""
+    """Matrix (outputs, places * inputs) and bias (outputs,) of each layer."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -287,13 +325,13 @@ def load_weights(path: Path | None = None) -> Weights:
             arrays = {name: np.ascontiguousarray(data[name], np.float32) for name in data.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EngineError(f"{path.name} can't be read ({error}): {again}") from error
-    inputs = (BANDS + 1) * len(OFFSETS)
+    inputs = BANDS + 1
     layers = []
     try:
         mean, scale = arrays["mean"], arrays["scale"]
-        for i in range(3):
+        for i, places in enumerate(LAYERS):
             matrix, bias = arrays[f"w{i}"], arrays[f"b{i}"]
-            if matrix.shape != (len(bias), inputs):
+            if matrix.shape != (len(bias), inputs * len(places)):
                 raise EngineError(f"{path.name} was made for another version: {again}")
             layers.append((matrix, bias))
             inputs = len(bias)
@@ -304,47 +342,70 @@ def load_weights(path: Path | None = None) -> Weights:
     return Weights(mean, scale, tuple(layers))
 
 
+class _Layer:
+    """One layer over time: a row in, the row that the places around an earlier one give out."""
+
+    def __init__(self, matrix: Float32, bias: Float32, places: Sequence[int], last: bool) -> None:
+        self._matrix, self._bias, self._last = matrix, bias, last
+        self._size = matrix.shape[1] // len(places)
+        self._at = [place - places[0] for place in places]
+        self._rows: deque[Float32] = deque(maxlen=self._at[-1] + 1)
+        # The same buffer for every step: the product sees the same shape and alignment, so its
+        # result doesn't depend on how the sound came.
+        self._stack = np.zeros(matrix.shape[1], np.float32)
+
+    def step(self, row: Float32) -> Float32 | None:
+        self._rows.append(row)
+        if len(self._rows) <= self._at[-1]:
+            return None
+        size = self._size
+        for i, at in enumerate(self._at):
+            self._stack[i * size : (i + 1) * size] = self._rows[at]
+        out = np.dot(self._matrix, self._stack)
+        out += self._bias
+        if not self._last:
+            np.maximum(out, 0.0, out=out)
+        return np.asarray(out, np.float32)
+
+
 class _Listener:
     """Sound to class posteriors, one step at a time."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        # The same few buffers for every step: the products see the same shapes and alignments, so
-        # their results don't depend on how the sound came.
         self._window = np.zeros((1, _WINDOW), np.float32)
-        self._stack = np.zeros(len(OFFSETS) * (BANDS + 1), np.float32)
-        self._hidden = [np.zeros(len(bias), np.float32) for _, bias in weights.layers]
         self.reset()
 
     def reset(self) -> None:
-        self._normaliser = Normaliser(self._weights.mean, self._weights.scale)
-        self._power = mel_power(np.zeros((1, _WINDOW), np.float32))[0]
+        weights = self._weights
+        self._layers = [
+            _Layer(matrix, bias, places, i == len(LAYERS) - 1)
+            for i, ((matrix, bias), places) in enumerate(zip(weights.layers, LAYERS, strict=True))
+        ]
+        silence = mel_power(np.zeros((1, _WINDOW), np.float32))[0]
         quiet = np.zeros(BANDS + 1, np.float32)
-        Normaliser(self._weights.mean, self._weights.scale).step(self._power, quiet)
-        self._quiet = quiet
-        self._features: deque[Float32] = deque(maxlen=_PAST + max(OFFSETS) + 1)
-        self._features.extend([quiet] * _PAST)
-        self._loudness: deque[float] = deque(maxlen=max(OFFSETS) + 1)
+        Normaliser(weights.mean, weights.scale).step(silence, quiet)
+        for _ in range(PAST):
+            self._listen(quiet)
+        self._normaliser = Normaliser(weights.mean, weights.scale)
+        self._loudness: deque[float] = deque(maxlen=FUTURE + 1)
+
+    def _listen(self, row: Float32) -> Float32 | None:
+        found: Float32 | None = row
+        for layer in self._layers:
+            if found is not None:
+                found = layer.step(found)
+        return found
 
     def step(self, window: Float32) -> tuple[Float32, float] | None:
-        """A step's 400 samples in; posteriors and loudness of the step `max(OFFSETS)` before it."""
+        """A step's 400 samples in; posteriors and loudness of the step `FUTURE` before it."""
         self._window[0] = window
         features = np.empty(BANDS + 1, np.float32)
         self._normaliser.step(mel_power(self._window)[0], features)
-        self._features.append(features)
         self._loudness.append(self._normaliser.loudness)
-        if len(self._features) < self._features.maxlen:  # type: ignore[operator]
+        value = self._listen(features)
+        if value is None:
             return None
-        size = BANDS + 1
-        for i, offset in enumerate(OFFSETS):
-            self._stack[i * size : (i + 1) * size] = self._features[_PAST + offset]
-        value = self._stack
-        for (matrix, bias), out in zip(self._weights.layers, self._hidden, strict=True):
-            np.dot(matrix, value, out=out)
-            out += bias
-            if out is not self._hidden[-1]:
-                np.maximum(out, 0.0, out=out)
-            value = out
         result = np.exp(value - value.max())
         result /= result.sum()
         return result, self._loudness[0]
@@ -357,7 +418,7 @@ def posteriors(pcm: Float32, weights: Path | None = None) -> Float32:
     """
     listener = _Listener(load_weights(weights))
     steps = -(-len(pcm) // HOP)
-    last = max(OFFSETS)
+    last = FUTURE
     padded = np.zeros((steps + last) * HOP + _WINDOW, np.float32)
     padded[_BEFORE : _BEFORE + len(pcm)] = pcm
     rows = [listener.step(padded[i * HOP : i * HOP + _WINDOW]) for i in range(steps + last)]
@@ -382,6 +443,7 @@ class _Mouth:
         self._speed = np.zeros(7)
         self._silent = _QUIET
         self._gate = 0.0
+        self._kept = 0
 
     def step(self, probability: Float64, loudness: float, told: bool) -> Float64:
         """Where the seven parameters are after this step, given what they should move to.
@@ -400,8 +462,13 @@ class _Mouth:
         target = self._aim.copy()
         target[0] *= 0.35 + 0.65 * self._gate
         # Closures are all or nothing: what is likelier than not is done in full.
-        target[3] = _smooth(target[3], 0.2, 0.65)
+        target[3] = _smooth(target[3], *_LIKELY)
         target[4] = _smooth(target[4], 0.2, 0.65)
+        if target[3] > 0.9:
+            self._kept = _KEPT
+        elif self._kept > 0:
+            self._kept -= 1
+            target[3] = 0.9
         away = self._place - target
         omega = np.where(away < 0, _RISE, _FALL)
         fade = np.exp(-omega * _STEP)
@@ -461,15 +528,22 @@ class Articulator:
         self._levels: deque[float] = deque([0.0] * _LEAD)
         self._frame: list[tuple[Float64, float]] = []
         self._cues: list[tuple[float, float, int]] = []  # start, end, class; by start
+        self._words: list[tuple[float, float, float]] = []  # start, end, odds of a closure
 
     def cue(self, cues: Sequence[Cue]) -> None:
-        """Phonemes of this turn, from its voice; they outweigh what is heard, but for loudness.
+        """Phonemes and words of this turn, from its voice.
 
-        Before or after their sound, as long as it is before the row is made. Words and gestures
-        are passed over.
+        Phonemes outweigh what is heard, but for loudness. Words whose spelling has no closure keep
+        the lips from one (see `closes`). Before or after their sound, as long as it is
+        before the row is made. Gestures are passed over.
         """
         for cue in cues:
-            if cue.kind != "phoneme" or not cue.end > cue.start:
+            if not cue.end > cue.start:
+                continue
+            if cue.kind == "word":
+                odds = _UNSPELLED if closes(cue.text) is False else 1.0
+                bisect.insort(self._words, (cue.start - _WORD_EDGE, cue.end + _WORD_EDGE, odds))
+            if cue.kind != "phoneme":
                 continue
             start = cue.start
             for name, share in shape(cue.text):
@@ -527,6 +601,14 @@ class Articulator:
     def _with_cues(self, probability: Float32, time: float) -> tuple[Float64, bool]:
         """Posteriors as the cues change them, and whether a cue says that something is spoken."""
         mixed = probability.astype(np.float64)
+        if self._words:
+            self._words = [word for word in self._words if word[1] >= time]
+            # Where two words meet, the one that may close is believed.
+            odds = max((word[2] for word in self._words if word[0] <= time), default=1.0)
+            ruled_out = (1.0 - odds) * float(mixed[_CLOSED])
+            if ruled_out < 0.999:
+                mixed[_CLOSED] -= ruled_out
+                mixed /= 1.0 - ruled_out
         half = _CUE_FADE / 2
         while self._cues and self._cues[0][1] + half < time:
             self._cues.pop(0)
@@ -539,5 +621,9 @@ class Articulator:
         total = float(told.sum())
         if total > 0.0:
             share = _CUE_WEIGHT * min(1.0, total)
+            # Who tells the phonemes, tells the closures: none is heard besides.
+            heard = float(mixed[_CLOSED]) * min(1.0, total)
+            mixed[_CLOSED] -= heard
+            mixed += (heard / total) * told
             mixed = (1.0 - share) * mixed + (share / total) * told
         return mixed, total - float(told[_SIL]) > 0.5

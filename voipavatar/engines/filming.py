@@ -89,7 +89,10 @@ def is_film(path: Path) -> bool:
 def _has_pictures(path: Path) -> bool:
     try:
         with av.open(str(path)) as container:
-            return bool(container.streams.video)
+            # FFmpeg takes any file for a picture that is called one.
+            form = container.format.name
+            still = form == "image2" or form.endswith("_pipe")
+            return bool(container.streams.video) and not still
     except (av.error.FFmpegError, ValueError, OSError):
         return False
 

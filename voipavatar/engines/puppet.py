@@ -29,6 +29,7 @@ from .rig import (
     curve,
     double,
     grid_nodes,
+    noise_of,
     planes,
     smoothstep,
 )
@@ -116,7 +117,15 @@ class Puppet:
                 (rig.right_ball_luma, rig.right_ball_chroma),
             )
         ]
-        self._grain = np.random.default_rng(7).normal(0, 1.0, (256, 256)).astype(np.float32)
+        self._glints = [bool(np.abs(both[0][3]).max() > 1) for both in self._balls]
+        self._open = [_covers(rig.left_seen[0]), _covers(rig.right_seen[0])]
+        # What is painted between the lips is as grainy as the portrait.
+        box = _cut(rig.image, region)[0]
+        strength = noise_of(box.astype(np.float32))
+        self._grain: Float32 | None = None
+        if strength > 0.8:
+            noise = np.random.default_rng(7).normal(0, strength, (256, 256))
+            self._grain = noise.astype(np.float32)
         self._still: UInt8 = rig.image
         self._alpha: UInt8 | None = None
         if rig.alpha.size:
@@ -194,8 +203,7 @@ class Puppet:
             # What was put together is nearly what the portrait has; the difference goes with the
             # first bit of the way, so that nothing jumps where an eye begins to move.
             gone = np.float32(smoothstep(math.hypot(dx, dy) / (0.25 * radius)))
-            share = seen[blink[i]].astype(np.float32) * np.float32(1 / 255)
-            less = _resized(share, width // 2, height // 2, cv2.INTER_AREA)[..., None]
+            share, less = self._open[i] if blink[i] == 0 else _covers(seen[blink[i]])
             for view, ball, part, scale in (
                 (big, self._balls[i][0], share, 2.0),
                 (small, self._balls[i][1], less, 0.5),
@@ -204,8 +212,9 @@ class Puppet:
                 kept.append((view, view.copy()))
                 change = white * (1 - _slid(covered, dx * scale, dy * scale))
                 change += _slid(iris, dx * scale, dy * scale)
-                change += _slid(light, dx * scale / 2, dy * scale / 2)
-                change -= rest + (own - rest) * gone
+                if self._glints[i]:
+                    change += _slid(light, dx * scale / 2, dy * scale / 2)
+                change -= own if gone == 1 else rest + (own - rest) * gone
                 change *= part
                 change += view
                 view[:] = np.clip(np.rint(change), 16, 240)
@@ -465,6 +474,9 @@ class Puppet:
         light = light * min(1.0, 0.64 + 0.36 * wide + 0.3 * tucks) * (1 - 0.25 * rounds)
         shade = np.asarray(light, np.float32)
         paint[..., 0] = (paint[..., 0] - 16) * shade + 16
+        if self._grain is not None:
+            down_rows, along_columns = np.arange(y0, y1) % 256, np.arange(x0, x1) % 256
+            paint[..., 0] += self._grain[np.ix_(down_rows, along_columns)]
         # Shade takes colour with it, though less.
         fade = (0.35 + 0.65 * shade)[..., None]
         paint[..., 1:] = (paint[..., 1:] - 128) * fade + 128
@@ -490,6 +502,13 @@ class Puppet:
     ) -> None:
         """For a puppet that knows more of its mouth than what is painted. `paint` (h, w, 3) is
         Y U V; `place` (2, 3) takes pixels of the inner layers to it, the lips' edges lie in it."""
+
+
+def _covers(seen: UInt8) -> tuple[Float32, Float32]:
+    """How much of an eyeball is seen, 0 to 1, for luma (2h, 2w) and for chroma (h/2, w/2, 1)."""
+    share = seen.astype(np.float32) * np.float32(1 / 255)
+    size = (seen.shape[1] // 4, seen.shape[0] // 4)
+    return share, _resized(share, *size, cv2.INTER_AREA)[..., None]
 
 
 def _slid(picture: Float32, dx: float, dy: float) -> Float32:

@@ -1033,16 +1033,18 @@ def _eyeball(
     )
 
 
-def _grain(bgr: UInt8) -> Float64:
-    """Noise (2h, 2w) as fine and as strong as the picture's own, at twice its resolution.
-
-    The strength is by J. Immerkaer, "Fast Noise Variance Estimation" (1996), the median in place of
-    the mean, since edges are no noise.
-    """
-    grey = bgr.mean(-1, dtype=np.float32)
+def noise_of(grey: Float32) -> float:
+    """The deviation of a picture's noise, by J. Immerkaer, "Fast Noise Variance Estimation" (1996),
+    the median in place of the mean, since edges are no noise."""
     mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
     found = np.abs(cv2.filter2D(grey, -1, mask))[1:-1, 1:-1]
-    strength = float(np.median(found)) / 0.6745 / 6 if found.size else 0.0
+    return float(np.median(found)) / 0.6745 / 6 if found.size else 0.0
+
+
+def _grain(bgr: UInt8) -> Float64:
+    """Noise (2h, 2w) as fine and as strong as the picture's own, at twice its resolution."""
+    grey = bgr.mean(-1, dtype=np.float32)
+    strength = noise_of(grey)
     noise = np.random.default_rng(5).normal(0, strength, grey.shape).astype(np.float32)
     return cast(Float64, cv2.resize(noise, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) * 1.0)
 

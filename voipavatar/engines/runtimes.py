@@ -561,7 +561,7 @@ def _quick_halves(module: torch.nn.Module) -> Iterator[None]:
     """
     import torch
 
-    class Widened(torch.autograd.Function):
+    class Widened(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> Any:
             wide = (x.float(), weight.float(), bias.float())
