@@ -352,7 +352,7 @@ async def test_fifty_at_once_on_room_for_eight(livekit: LiveKitServer, tmp_path:
                 await asyncio.sleep(0.1)
             for room in rooms:
                 inside = await lk.room.list_participants(api.ListParticipantsRequest(room=room))
-                assert [one.identity for one in inside.participants] == ["agent"], "half open"
+                assert not {one.identity for one in inside.participants} - {"agent"}, "half open"
                 left = await lk.agent_dispatch.list_dispatch(room)
                 assert not [one for one in left if one.agent_name == name], "still asked for"
 

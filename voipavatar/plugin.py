@@ -152,6 +152,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._keeper: asyncio.Task[None] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         self._silence: _Silence | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._here = asyncio.Event()
         self._room_name = ""
         self._request = ""  # what marks the answers to the latest request for a worker
@@ -322,7 +323,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             )
             return str(made.id)
 
-        self._dispatch = await _retried(ask, self._conn_options)
+        async def asked() -> None:
+            self._dispatch = await _retried(ask, self._conn_options)
+
+        # Goes on when whoever waits is cancelled: only what is known can be taken back.
+        self._asking = asyncio.create_task(asked(), name="avatar-ask")
+        await asyncio.shield(self._asking)
 
     def _answered(self, packet: rtc.DataPacket) -> None:
         """What workers say to the request: the server itself tells nothing of it."""
@@ -662,6 +668,10 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._asking is not None:
+            await asyncio.wait([self._asking], timeout=5.0)
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
         if self._mouthpiece is not None and self._voice is not None:
             for segment in list(self._mouthpiece.pending):
                 segment.cleared = True  # nothing is said over again by an agent that is leaving
