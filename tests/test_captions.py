@@ -279,6 +279,7 @@ def leads(user: User, seen: Viewer, since: float) -> list[float]:
         if who == "agent" and when > since
     }
     if len(heard) != len(WORDS):
+        print(f"{len(heard)} of {len(WORDS)} words were heard")
         return []
     return [begin - read[word] for word, begin in zip(WORDS, heard, strict=True) if word in read]
 

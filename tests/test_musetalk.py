@@ -418,7 +418,8 @@ def test_the_bench_says_what_it_measured(kit: Kit) -> None:
         assert 0 < one["picture_ms_p50"] <= one["picture_ms_p95"] <= one["picture_ms_p99"]
         # what must be heard first (92.5 ms and one more frame of the step) is part of the way
         assert one["sound_to_picture_ms_p95"] > 132
-    assert report["against_fp32"] == {"mean": 0.0, "max": 0.0, "sound": True}
+    apart = report["against_fp32"]  # the same precision: only a batch's rounding is left
+    assert apart["mean"] < 1e-3 and apart["max"] <= 1 and apart["sound"]
     assert report["memory_mb"] > 50
     assert 0 < report["share_of_matmul"] < 1 and report["gflop_a_frame"] > 0.1
     text = table(report)

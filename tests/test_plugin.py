@@ -240,7 +240,13 @@ async def test_the_face_follows_the_conversation(livekit: LiveKitServer) -> None
         await avatar.wait_for_join(timeout=10)
         stage = avatar._avatar.stage
         told: list[str] = []
-        stage.pose, usual = (lambda pose: (told.append(pose), usual(pose))[1]), stage.pose
+        usual = stage.pose
+
+        def noted(pose: str) -> None:
+            told.append(pose)
+            usual(pose)
+
+        stage.pose = noted
         session._update_user_state("speaking")
         session._update_user_state("listening")
         await asyncio.wait_for(session.generate_reply(user_input="hello").wait_for_playout(), 20)

@@ -35,6 +35,8 @@ PLAYBACK_STARTED = "lk.playback_started"
 PLAYBACK_FINISHED = "lk.playback_finished"
 PERSONA = "voipavatar.persona"
 """Beyond the protocol: become another persona on air; the payload is its name."""
+LEAVE = "voipavatar.leave"
+"""Beyond the protocol: leave the room by yourself; "ok" once it is about to."""
 GESTURE = "voipavatar.gesture"
 """Beyond the protocol: make a gesture; the payload is its name."""
 POSE = "voipavatar.pose"
@@ -157,6 +159,7 @@ class AgentStream:
         agent: str = "",
         on_agent: Callable[[str], None] | None = None,
         on_persona: Callable[[str], Awaitable[None]] | None = None,
+        on_leave: Callable[[], Awaitable[None]] | None = None,
         on_pose: Callable[[str], None] | None = None,
         on_gesture: Callable[[str], None] | None = None,
         idle: float = IDLE,
@@ -171,6 +174,7 @@ class AgentStream:
         """Segments cut short since too much waited, or refused."""
         self._on_agent = on_agent
         self._on_persona = on_persona
+        self._on_leave = on_leave
         self._on_pose = on_pose
         self._on_gesture = on_gesture
         self._pose = ""
@@ -185,6 +189,7 @@ class AgentStream:
         self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reporting: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._closed = False
 
     # -- the guest ---------------------------------------------------------------------------------
@@ -203,6 +208,8 @@ class AgentStream:
         room.local_participant.register_rpc_method(ALIVE, lambda call: "ok")
         if self._on_persona is not None:
             room.local_participant.register_rpc_method(PERSONA, self._persona)
+        if self._on_leave is not None:
+            room.local_participant.register_rpc_method(LEAVE, self._leave)
         if self._on_gesture is not None:
             room.local_participant.register_rpc_method(GESTURE, self._gesture)
         self._posed()
@@ -373,6 +380,18 @@ class AgentStream:
         except VoipAvatarError as error:
             raise rtc.RpcError(1422, str(error)[:250]) from None
         return "ok"
+
+    async def _leave(self, call: rtc.RpcInvocationData) -> str:
+        """The agent has no more use for this avatar."""
+        if call.caller_identity != self.agent and not await self._introduced(call.caller_identity):
+            raise rtc.RpcError(1403, "only the agent may send the avatar away")
+        self._leaving = asyncio.create_task(self._left_by_itself(), name="agent-leave")
+        return "ok"
+
+    async def _left_by_itself(self) -> None:
+        await asyncio.sleep(0.05)  # for the answer to get away
+        if self._on_leave is not None:
+            await self._on_leave()
 
     async def _gesture(self, call: rtc.RpcInvocationData) -> str:
         """The agent wants a nod, say."""

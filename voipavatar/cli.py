@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -1058,6 +1057,7 @@ def _bench(name: str, settings: Settings, as_json: bool, **options: Any) -> int:
 @click.option("--interruptions", type=click.IntRange(1, 1000), default=30, show_default=True)
 @click.option("--seconds", type=click.FloatRange(2, 600), default=20.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="For a page.")
 @click.pass_obj
 def conformance(
     settings: Settings,
@@ -1066,28 +1066,21 @@ def conformance(
     interruptions: int,
     seconds: float,
     as_json: bool,
+    as_markdown: bool,
 ) -> int:
-    """Try the playback contract on LiveKit avatars, and print what each of them did."""
-    from .conformance import run
-
-    names = avatars or ("voipavatar", "livekit")
-
-    def told(tell: Callable[[str], None], name: str, what: str) -> None:
-        tell(f"{name}: {what}")
+    """Try the playback contract on LiveKit avatars, side by side, in one run."""
+    from .conformance import HOSTED, ROWS, compare, markdown
 
     async def trying() -> list[dict[str, Any]]:
         with _steps() as tell:
-            return [
-                await run(
-                    settings,
-                    name,
-                    room=room if name not in ("voipavatar", "livekit") else "",
-                    interruptions=interruptions,
-                    seconds=seconds,
-                    tell=partial(told, tell, name),
-                )
-                for name in names
-            ]
+            return await compare(
+                settings,
+                avatars or HOSTED,
+                room=room,
+                interruptions=interruptions,
+                seconds=seconds,
+                tell=tell,
+            )
 
     found = _run(trying())
     if found is None:
@@ -1095,13 +1088,17 @@ def conformance(
     if as_json:
         _print_json(found)
         return 0
+    if as_markdown:
+        click.echo(markdown(found))
+        return 0
     table = Table(box=None, pad_edge=False)
-    table.add_column("milliseconds, medians")
+    table.add_column("milliseconds, where nothing else is said")
     for one in found:
         table.add_column(escape(str(one["avatar"])))
-    for key in dict.fromkeys(key for one in found for key in one if key != "avatar"):
-        cells = (str(one.get(key, "")) for one in found)
-        table.add_row(escape(key.replace("_", " ")), *map(escape, cells))
+    for key, label in ROWS.items():
+        if any(key in one for one in found):
+            cells = ("" if one.get(key) is None else str(one[key]) for one in found)
+            table.add_row(escape(label), *map(escape, cells))
     _out.print(table)
     return 0
 

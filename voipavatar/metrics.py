@@ -1,11 +1,14 @@
 """The numbers that `GET /metrics` shows: what the sessions of this process did and how fast.
 
 Plain Prometheus instruments in the default registry, made once per process. Whoever does the work
-counts it, in one line: `FRAMES.labels("idle").inc()`. Labels are few and their values are fixed,
+counts it, in one line: `TURNS.labels("said").inc()`. Labels are few and their values are fixed,
 so the number of series doesn't grow with use.
 """
 
 from __future__ import annotations
+
+import sys
+import time
 
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
@@ -14,6 +17,7 @@ __all__ = [
     "FIRST_PICTURE",
     "FIRST_SOUND",
     "FRAMES",
+    "GPU_MEMORY",
     "HEARD",
     "INTERRUPTIONS",
     "LATE_FRAMES",
@@ -24,11 +28,11 @@ __all__ = [
     "SESSIONS_CLOSED",
     "SESSIONS_OPENED",
     "SESSIONS_REFUSED",
-    "SHUT",
     "TICK",
     "TURNS",
     "WATCHERS",
     "exposition",
+    "frame",
 ]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -68,7 +72,9 @@ TURNS = Counter(
     "voipavatar_turns", "Turns that are over, by outcome: said, interrupted or failed.", ["outcome"]
 )
 HEARD = Counter("voipavatar_heard_seconds", "Seconds of speech that were really played.")
-INTERRUPTIONS = Counter("voipavatar_interruptions", "Requests to be silent.")
+INTERRUPTIONS = Counter(
+    "voipavatar_interruptions", "Turns that were cut off while they were heard."
+)
 FIRST_SOUND = Histogram(
     "voipavatar_first_sound_seconds",
     "From the request to speak to its first sample being played; turns that waited are left out.",
@@ -79,22 +85,63 @@ FIRST_PICTURE = Histogram(
     "From the first sample that came in to the first talking frame that went out.",
     buckets=(0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 2.0, 4.0),
 )
-SHUT = Histogram(
-    "voipavatar_interrupt_seconds",
-    "From the request to be silent to the last old sample that was played.",
-    buckets=(0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0),
-)
 
 MESSAGES = Counter(
     "voipavatar_messages",
     "Messages of queues, by what became of them: taken and retried, then one of the outcomes.",
     ["outcome"],
 )
+RATE = Gauge(
+    "voipavatar_fps", "Frames a second given to the sinks, all sessions together; the last second."
+)
+OFFSET = Histogram(
+    "voipavatar_av_offset_seconds",
+    "By how much a picture was handed over after its sound began to be played, at the source.",
+    buckets=(-0.04, -0.02, -0.01, 0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
+)
+GPU_MEMORY = Gauge(
+    "voipavatar_gpu_memory_bytes", "Device memory in use, by whomever; none without a GPU.", ["gpu"]
+)
+
 REQUESTS = Counter(
     "voipavatar_http_requests", "HTTP requests answered, by class of status.", ["status"]
 )
 
 
+_seconds: tuple[int, int, int] = (0, 0, 0)  # this second, its frames, and those of the last one
+
+
+def frame(kind: str) -> None:
+    """One frame was given to the sinks."""
+    global _seconds
+    FRAMES.labels(kind).inc()
+    now, (second, count, _) = int(time.monotonic()), _seconds
+    _seconds = (
+        (second, count + 1, _seconds[2])
+        if now == second
+        else (now, 1, count if now == second + 1 else 0)
+    )
+
+
+def _rate() -> float:
+    second, count, before = _seconds
+    return float({0: before, 1: count}.get(int(time.monotonic()) - second, 0))
+
+
+RATE.set_function(_rate)
+
+
+def _gpus() -> None:
+    """Memory of the devices that torch has taken up in this process; nothing is loaded for it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        GPU_MEMORY.labels(str(number)).set(total - free)
+
+
 def exposition() -> bytes:
     """Every instrument in the text format that Prometheus reads."""
+    _gpus()
     return generate_latest()

@@ -36,7 +36,7 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
-from .agentstream import ALIVE, DISPATCH, GESTURE, PERSONA, POSE, Mute
+from .agentstream import ALIVE, DISPATCH, GESTURE, LEAVE, PERSONA, POSE, Mute
 from .captions import attach
 from .config import Persona, Settings, list_personas
 from .errors import ConfigError, VoipAvatarError
@@ -58,6 +58,11 @@ BEAT = 1.0
 """Seconds between two looks at a dispatched avatar."""
 MISSED = 2
 """Looks in a row without an answer after which it counts as gone."""
+ANSWER = 6.0
+"""Seconds in which a worker must answer; the server drops a request in silence when it is busy, or
+knows of no worker just then."""
+GOODBYE = 4.0
+"""Seconds in which an avatar leaves by itself when it is not wanted any more."""
 REFUSED = 1.5
 """Seconds after a worker's refusal in which another one may take the room."""
 BACKOFF = (0.5, 5.0)
@@ -338,31 +343,51 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         elif state == "failed":
             self._failure = reason
 
-    async def _unask(self, room: str) -> None:
-        """Take the request back, so that the server ends its job, and free the identity."""
+    async def _unask(self, room: str, patience: float = 0.0) -> None:
+        """Take the request back, so that the server ends its job, and free the identity.
+
+        An avatar that answers leaves by itself within `patience` seconds. One that is thrown out
+        can't free what its native library holds: a thread and a megabyte each time.
+        """
         if self._api is None:
             return
         dispatch, self._dispatch = self._dispatch, None
-        calls: list[Awaitable[Any]] = []
+        if patience and self._room is not None and _seen(self._room, self._identity):
+            await self._asked_to_leave(self._room)
         if dispatch is not None:
-            calls.append(self._api.agent_dispatch.delete_dispatch(dispatch, room))
-        calls.append(
+            await self._cleaned(self._api.agent_dispatch.delete_dispatch(dispatch, room))
+            end = time.monotonic() + patience
+            while time.monotonic() < end and self._room is not None:
+                if self._identity not in self._room.remote_participants:
+                    return
+                await asyncio.sleep(0.02)
+        await self._cleaned(
             self._api.room.remove_participant(
                 api.RoomParticipantIdentity(room=room, identity=self._identity)
             )
         )
-        for call in calls:
-            try:
-                await asyncio.wait_for(call, 5.0)
-            except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
-                if not (isinstance(error, api.TwirpError) and error.code == "not_found"):
-                    logger.info("cleaning up failed", extra={"error": type(error).__name__})
+
+    async def _asked_to_leave(self, room: rtc.Room) -> None:
+        call = room.local_participant.perform_rpc(
+            destination_identity=self._identity, method=LEAVE, payload="", response_timeout=1.0
+        )
+        try:
+            await asyncio.wait_for(call, 1.5)
+        except (rtc.RpcError, asyncio.TimeoutError) as error:
+            logger.info("the avatar was not asked to leave", extra={"error": type(error).__name__})
+
+    async def _cleaned(self, call: Awaitable[Any]) -> None:
+        try:
+            await asyncio.wait_for(call, 5.0)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            if not (isinstance(error, api.TwirpError) and error.code == "not_found"):
+                logger.info("cleaning up failed", extra={"error": type(error).__name__})
 
     async def _keep(self, room: rtc.Room, agent: str) -> None:
         """See the avatar come, watch it, and have it back when it is lost."""
         pause, longest = BACKOFF
         while True:
-            if await self._comes(room):
+            if await self._comes(room, agent):
                 pause = BACKOFF[0]
                 await self._joined(room)
                 reason, alive = await self._watch(room)
@@ -374,18 +399,25 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             while True:
                 await asyncio.sleep(pause)
                 pause = min(longest, pause * 2)
-                try:
-                    await self._unask(self._room_name)
-                    await self._ask(self._room_name, agent)
+                if await self._ask_again(agent):
                     break
-                except (APIConnectionError, APIStatusError) as error:
-                    logger.info("no worker to be had", extra={"error": type(error).__name__})
 
-    async def _comes(self, room: rtc.Room) -> bool:
+    async def _ask_again(self, agent: str) -> bool:
+        """Ask anew, in the place of the request before; whether the server could be asked."""
+        try:
+            await self._unask(self._room_name)
+            await self._ask(self._room_name, agent)
+        except (APIConnectionError, APIStatusError) as error:
+            logger.info("no worker to be had", extra={"error": type(error).__name__})
+            return False
+        return True
+
+    async def _comes(self, room: rtc.Room, agent: str) -> bool:
         """Whether the avatar is seen within the join time-out."""
         # A dispatch that found no worker is dropped by the server: once lost, ask again sooner.
         patience = min(self._join_timeout, 6.0) if self.lost else self._join_timeout
-        end = time.monotonic() + patience
+        asked = time.monotonic()
+        end = asked + patience
         connected = room.isconnected()  # in a job it may be connected later, by the session
         while (now := time.monotonic()) < end:
             if connected and not room.isconnected():
@@ -404,6 +436,11 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                     "Start another `voipavatar worker`, or give one more --sessions"
                 )
                 return False
+            if not connected or self._taken or self._refusals:
+                asked = now
+            elif now - asked > ANSWER:
+                await self._ask_again(agent)
+                asked = time.monotonic()
             await asyncio.sleep(0.02)
         self._trouble = (
             f"no avatar joined within {patience:g} s: is a `voipavatar worker` running "
@@ -640,7 +677,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if room is not None and self._mode == "dispatch":
             room.off("data_received", self._answered)
             if room.isconnected():
-                await self._unask(self._room_name)
+                await self._unask(self._room_name, GOODBYE)
         if self._avatar is not None:
             await self._avatar.aclose()
         if self._own_studio is not None:

@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 from livekit import api, rtc
 
+from . import metrics
 from .errors import ConfigError, TransportError
 from .media import FRAME_RATE, Frame, Int16, UInt8
 
@@ -223,7 +224,8 @@ class RoomSink:
                 pcm, wait = self._steer(frame)
                 while self._shows and self._shows[0].when() <= loop.time():
                     self._shows.popleft()
-                self._shows.append(loop.call_later(wait, self._show, frame.image))
+                due = loop.time() + wait
+                self._shows.append(loop.call_at(due, self._show_at, due, frame.image))
                 await self._play(pcm)
 
     def _steer(self, frame: Frame) -> tuple[Int16, float]:
@@ -255,6 +257,10 @@ class RoomSink:
         except Exception as error:  # rtc raises bare exceptions; a lost room says so elsewhere
             if not self._lost.is_set():
                 logger.warning("sound was not taken", extra={"error": str(error)})
+
+    def _show_at(self, due: float, image: UInt8) -> None:
+        metrics.OFFSET.observe(asyncio.get_running_loop().time() - due)
+        self._show(image)
 
     def _show(self, image: UInt8) -> None:
         source = self._video

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from . import metrics
 from .config import OWN, Persona, Settings, VoiceChoice, load_persona
 from .engines import Avatar, Engine, EngineSession, Progress, Renderer, Spec
 from .errors import ConfigError, InputError, StageError, VoipAvatarError
@@ -105,6 +106,8 @@ class Utterance:
         self.text = text
         self.started: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         self.finished: asyncio.Future[Played] = asyncio.get_running_loop().create_future()
+        self.asked: float | None = None
+        """Monotonic time at which it was asked for, if nothing was before it."""
         self.error: str | None = None
         self.cause: BaseException | None = None
         """What `error` tells of."""
@@ -156,6 +159,8 @@ class _Owner:
         one = self._utterance
         if not one.started.done():
             one.started.set_result(time.time())
+            if one.asked is not None:
+                metrics.FIRST_SOUND.observe(time.monotonic() - one.asked)
             self._session.emit("started", utterance=one.id, text=one.text)
 
     def finished(self, turn: int, heard: float, interrupted: bool) -> None:
@@ -164,6 +169,9 @@ class _Owner:
             one.started.set_result(None)
         if not one.finished.done():
             one.finished.set_result(Played(heard, interrupted))
+        outcome = "failed" if one.error else "interrupted" if interrupted else "said"
+        metrics.TURNS.labels(outcome).inc()
+        metrics.HEARD.inc(heard)
         self._session.emit(
             "finished",
             utterance=one.id,
@@ -254,6 +262,7 @@ class Session:
             raise StageError("the session is closing: open a new one")
         self.touched = time.monotonic()
         utterance = Utterance(self, text)
+        utterance.asked = None if self._utterances else time.monotonic()
         utterance.turn = self.stage.begin(_Owner(self, utterance), mode)
         self._utterances[utterance.turn] = utterance
         utterance.finished.add_done_callback(lambda _: self._over(utterance))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
+from . import metrics
 from .engines import EngineSession, Expressive, Job, Picture
 from .errors import EngineError, InputError, StageError
 from .media import (
@@ -150,6 +152,8 @@ class Turn:
         """Its owner was told that it is being heard."""
         self.over = False
         """Its owner was told that it is over."""
+        self.arrived: float | None = None
+        """When its first sound came, if it had to wait for nobody."""
         self._fps = fps
         self._raw: deque[tuple[Int16, int]] = deque()
         self._received = 0.0
@@ -437,6 +441,8 @@ class Stage:
                 f"{self.options.backlog:.0f} s of speech are waiting already: "
                 "send more when some of it has been spoken"
             )
+        if len(pcm) and not turn.received and self.state is not State.TALKING:
+            turn.arrived = self.clock.now()
         turn.push(pcm, rate, cues)
         self._wake.set()
 
@@ -577,6 +583,7 @@ class Stage:
 
     def tick(self) -> Frame:
         """Make the next frame and hand it to the sinks."""
+        begin = time.perf_counter()
         self._produce()
         count = slice_start(self._index + 1, FRAME_RATE, self.fps) - slice_start(
             self._index, FRAME_RATE, self.fps
@@ -594,6 +601,7 @@ class Stage:
         self._put(frame)
         self._index += 1
         self.counters.frames += 1
+        metrics.frame("idle" if turn is None else "talking")
         if turn is not None:
             self._after(turn, first)
         elif self.state is State.TRANSITIONING:
@@ -601,6 +609,7 @@ class Stage:
         self._settle()
         self._produce()
         self.notify()
+        metrics.TICK.observe(time.perf_counter() - begin)
         return frame
 
     def notify(self) -> None:
@@ -631,6 +640,7 @@ class Stage:
             self._image = slot.picture.image
         else:
             slot.picture.drop()
+            metrics.LATE_FRAMES.inc()
             if slot.picture.error is not None:
                 self.counters.failed += 1
             if turn is not None:
@@ -647,6 +657,8 @@ class Stage:
         now = self.clock.now()
         if first:
             self._notices.append((now + latency, turn, lambda: self._started(turn)))
+            if turn.arrived is not None:
+                metrics.FIRST_PICTURE.observe(now - turn.arrived)
         for cue in turn.heard_cues():
             self._notice_cue(turn, cue, now + latency)
         if turn.shown:
@@ -780,6 +792,7 @@ class Stage:
     def _cut(self, turn: Turn) -> None:
         """A turn that is on air, or still being heard, ends here."""
         dropped = self._clear_sinks()
+        metrics.INTERRUPTIONS.inc()
         if self._tail is turn:
             self._tail = None
         self._over(turn, max(0.0, turn.played / FRAME_RATE - dropped), interrupted=True)

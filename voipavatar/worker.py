@@ -414,6 +414,10 @@ class Worker:
                 raise ConfigError("the avatar is not on air yet: ask again")
             await session.swap_persona(name)
 
+        async def leave() -> None:
+            if session is not None:
+                await session.aclose()
+
         def pose(name: str) -> None:
             if session is not None:
                 session.pose(name)
@@ -423,7 +427,13 @@ class Worker:
                 raise ConfigError("the avatar is not on air yet: ask again")
             session.gesture(name)
 
-        stream = AgentStream(agent=order.agent, on_persona=become, on_pose=pose, on_gesture=gesture)
+        stream = AgentStream(
+            agent=order.agent,
+            on_persona=become,
+            on_pose=pose,
+            on_gesture=gesture,
+            on_leave=leave,
+        )
         follow = Follow(order.follow) if order.follow else None
         options = RoomOptions(
             self.settings.livekit_url,

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from .. import metrics
 from ..errors import CapacityError, EngineError
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, slice_start
 
@@ -372,7 +373,9 @@ class Renderer:
                 picture.settle(error=error)
             return
         self.failure = None
-        each = (time.perf_counter() - begin) / len(batch)
+        took = time.perf_counter() - begin
+        metrics.RENDER.labels(self._name).observe(took)
+        each = took / len(batch)
         self._cost = each if self._drawn == 0 else 0.95 * self._cost + 0.05 * each
         self._drawn += len(batch)
         for picture, image in zip(batch, images, strict=True):
