@@ -218,6 +218,7 @@ _CUE_FADE = 0.04  # s
 _WORD_EDGE = 0.06  # s by which a word's times may be wrong
 _UNSPELLED = 0.06  # what is left of a closure's likelihood where the word has none
 _LIKELY = (0.08, 0.35)  # what a closure must be asked for, to begin and to be whole
+_TOLD = (0.25, 0.7)  # the same where a cue says it: not longer than it is said
 _KEPT = 1  # steps that a closure is kept up for when it isn't heard any more
 _CLOSURE = 0.06  # s that lips and teeth take to be seen closing, however short the sound
 
@@ -462,7 +463,7 @@ class _Mouth:
         target = self._aim.copy()
         target[0] *= 0.35 + 0.65 * self._gate
         # Closures are all or nothing: what is likelier than not is done in full.
-        target[3] = _smooth(target[3], *_LIKELY)
+        target[3] = _smooth(target[3], *(_TOLD if told else _LIKELY))
         target[4] = _smooth(target[4], 0.2, 0.65)
         if target[3] > 0.9:
             self._kept = _KEPT
