@@ -406,8 +406,8 @@ def test_masks_are_the_published_ones(mode: Any, cheeks: tuple[int, int], box: B
     x1, y1, x2, y2 = crop
     large = Image.fromarray(picture[:, :, ::-1]).crop((x1, y1, x2, y2))
     small = np.asarray(large.resize((512, 512), Image.Resampling.BILINEAR), np.float32) / 255
-    scaled = (small - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    assert np.abs(seen[0][0].transpose(1, 2, 0) - scaled).max() < 1e-6
+    normal = (small - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    assert np.abs(seen[0][0].transpose(1, 2, 0) - normal).max() < 1e-6
 
 
 def test_crops_are_what_the_encoder_was_trained_on() -> None:

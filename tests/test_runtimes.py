@@ -284,7 +284,7 @@ def test_a_plan_gives_its_own_answers_in_any_order_of_batches(
     bench, kind, plan = device
     run = TensorRt(plan, kind)
     assert (run.inputs, run.outputs) == (("x",), ("y", "rows"))
-    kept: list[tuple[Any, Any]] = []
+    kept: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
     for n in (1, 3, 3, 3, 3, 3, 16, 2, 2, 2, 2):
         x = np.random.default_rng(n + len(kept)).random((n, 4), np.float32)
         out = run({"x": x})
@@ -355,12 +355,11 @@ def test_a_corrupted_plan_is_refused_on_its_device_before_it_draws(
     bench, kind, plan = device
     x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
     rows = np.full(2, 2, np.uint8)
-    golden = plan.with_name("net.golden.npz")
-    np.savez(golden, in_x=x, out_y=2 * x + 1, out_rows=rows)
+    np.savez(plan.with_name("net.golden.npz"), in_x=x, out_y=2 * x + 1, out_rows=rows)
     artefacts = Artefacts(plan.parent)
     prove(artefacts, "net", kind, "fp16", "8.9")
     assert artefacts.is_proved("net", "8.9") and not artefacts.is_proved("net", "9.0")
-    np.savez(golden, in_x=x, out_y=3 * x + 1, out_rows=rows)
+    np.savez(plan.with_name("net.golden.npz"), in_x=x, out_y=3 * x + 1, out_rows=rows)
     with pytest.raises(EngineError, match=r"net\.plan is refused"):
         prove(artefacts, "net", kind, "fp16", "9.0")
     assert not artefacts.is_proved("net", "9.0") and bench.driver.retained == 0
