@@ -708,7 +708,9 @@ class Stage:
                 if self._feed(turn):
                     continue
                 turn.primed = False  # it ran dry: gather a little before going on
-            waits = options.patient and bool(self._turns) and not self._paused
+            # A turn without sound brings no picture: it is over when the next one is shown.
+            waits = options.patient and bool(self._turns) and not self._soundless()
+            waits = waits and not self._paused
             if len(self._deck) >= options.idle_ahead or waits:
                 return
             self._append(self.engine.idle(1), None)
@@ -822,18 +824,18 @@ class Stage:
 
     def _settle(self) -> None:
         """Turns without sound end as their time comes, and the state follows."""
-        while self._turns and self._tail is None:
-            turn = self._turns[0]
-            if not (turn.flushed and turn.total == 0):
-                break
-            self._turns.popleft()
-            self._over(turn, 0.0, interrupted=False)
+        while self._tail is None and self._soundless():
+            self._over(self._turns.popleft(), 0.0, interrupted=False)
         if self.state is State.TRANSITIONING and self._closing_frames <= 0:
             self._move(State.IDLE)
         if self.state is State.IDLE and self._turns:
             self._move(State.PROCESSING)
         elif self.state is State.PROCESSING and not self._turns:
             self._move(State.IDLE)
+
+    def _soundless(self) -> bool:
+        """The next turn is complete, and has no sound."""
+        return bool(self._turns) and self._turns[0].flushed and self._turns[0].total == 0
 
     def _transition(self, frames: int) -> None:
         self._move(State.TRANSITIONING)
