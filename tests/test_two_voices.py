@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +24,8 @@ from .servers import CHROMIUM_FLAGS, missing
 from .test_plugin import keys, new_room
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
+
+ARTIFACTS = Path(__file__).resolve().parent.parent / "artifacts"
 
 Seen: TypeAlias = dict[str, Any]
 
@@ -186,8 +187,8 @@ async def test_a_browser_shows_one_avatar_and_hears_one_voice(
             begin = (await shown(page))["levels"][-1]["at"]
             speaking = asyncio.create_task(said(session, line))
             await asyncio.sleep(1.0)
-            if folder := os.environ.get("VOIPAVATAR_SCREENSHOTS"):
-                await page.screenshot(path=Path(folder) / f"one-avatar-{first}.png")
+            ARTIFACTS.mkdir(exist_ok=True)
+            await page.screenshot(path=ARTIFACTS / f"one-avatar-{first}.png")
             assert not (await speaking).interrupted
             await asyncio.sleep(0.5)
             seen = await shown(page)
