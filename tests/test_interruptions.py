@@ -20,7 +20,7 @@ from livekit.agents import AgentSession
 from voipavatar import mouthpiece
 from voipavatar.livekit_server import LiveKitServer
 from voipavatar.media import FRAME_RATE
-from voipavatar.mouthpiece import CLEAR_TIMEOUT, Segment
+from voipavatar.mouthpiece import CLEAR_TIMEOUT, Direct, Segment, Wire
 from voipavatar.plugin import AvatarSession
 
 from .scripted import WORD, said
@@ -139,6 +139,7 @@ async def test_interruptions_in_a_row(
     assert interrupted >= times // 2, "most interruptions came before there was a sound"
 
     # The time-out is taken nowhere, neither ours nor the 2 s of who waits for an avatar.
+    assert isinstance(route, Direct if mode == "local" else Wire) and avatar.lost == 0
     assert getattr(route, "fallbacks", 0) == 0
     assert max(waits) < min(CLEAR_TIMEOUT, 2.0)
 
