@@ -49,7 +49,7 @@ def download() -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, the built-in persona and two of the user's own, and no network at all."""
+    """An empty cache, three personas of the user's own, and no network at all."""
     usual = Settings.from_env()
     try:
         face_models(usual)
@@ -59,9 +59,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     here.mkdir()
     for name in ("clara", "nora"):
         shutil.copy(portraits.PERSONAS / name / "portrait.png", here / f"{name}.png")
-    size = "width: 640\nheight: 360\nvoice: espeak\n"
+    shutil.copy(portraits.PERSONAS / "clara" / "landmarks.yaml", here / "clara-landmarks.txt")
+    size = "width: 320\nheight: 180\n"
+    (here / "given.yaml").write_text(
+        f"portrait: clara.png\nlandmarks: clara-landmarks.txt\nvoice: [piper, espeak]\n{size}"
+    )
     (here / "own.yaml").write_text(  # a portrait whose face has to be found, and another look
-        f"portrait: clara.png\n{size}idles: {{other: {{portrait: nora.png}}}}\n"
+        f"portrait: clara.png\nidles: {{other: {{portrait: nora.png}}}}\nvoice: espeak\n{size}"
     )
     (here / "mute.yaml").write_text("engine: musetalk\nportrait: clara.png\n")  # without weights
     monkeypatch.setenv("VOIPAVATAR_CACHE", str(tmp_path / "cache"))
@@ -69,7 +73,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VOIPAVATAR_FACE_MODELS", str(usual.cache_dir / "face"))
 
     def few(settings: Settings) -> list[Any]:
-        wanted = ("default", "own", "mute")
+        wanted = ("given", "own", "mute")
         return [one for one in list_personas(settings) if one.name in wanted]
 
     monkeypatch.setattr(module, "list_personas", few)
@@ -90,7 +94,7 @@ def test_what_is_needed_is_brought_once_and_mended(
     download()
     first = state(cache)
     avatars = [name for name in first if name.endswith("manifest.json")]
-    assert len(avatars) == 3, "default, own, and own's other look"
+    assert len(avatars) == 3, "given, own, and own's other look"
     assert {f"face/{name}" for name in (DETECTOR, MESH, IRIS)} <= set(first)
     piper = next(one for one in voices(Settings.from_env()) if one.name == "piper")
     networks = [name for name in first if name.startswith("voices/piper/")]
