@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 TIMES = int(os.environ.get("VOIPAVATAR_INTERRUPTIONS", "0"))
 """How often; 0: the short length of each mode."""
-MEASURED = 5
+MEASURED = 8
 """One in so many is heard by itself at the viewer, so that its length can be told."""
 LINE = "one two three four five six seven eight"
 
@@ -144,5 +144,5 @@ async def test_interruptions_in_a_row(
     assert max(waits) < min(CLEAR_TIMEOUT, 2.0)
 
     # As heard behind a jitter buffer, which stretches and shortens by itself.
-    assert len(errors) >= times // MEASURED * 0.7
+    assert len(errors) >= times // MEASURED * 0.5
     assert np.median(errors) <= 0.04 and np.percentile(errors, 90) <= 0.08
