@@ -271,11 +271,12 @@ def test_a_reset_in_the_middle_of_a_batch(kit: Kit) -> None:
     """Jobs that were made can still be drawn; the next turn hears nothing of the old one."""
     one, two = kit.open(), kit.open()
     jobs = one.push(babble(1.0, 1))[:5] + two.push(babble(1.0, 2))[:5]
+    undisturbed = kit.open().push(babble(1.0, 1))[:5]
     one.reset(clock=3)
     after = one.idle(4) + turn(one, iter([babble(0.3, 3)]))
     images = kit.engine.render(jobs + after)
     assert len(images) == len(jobs) + len(after)
-    kit.same(images[:5], kit.draw(jobs[:5]))
+    kit.same(images[:5], kit.draw(undisturbed))
     fresh = kit.open()
     assert same_windows(
         [job.data.spans for job in after[4:]],
@@ -429,7 +430,11 @@ def test_the_bench_says_what_it_measured(kit: Kit) -> None:
     apart = report["against_fp32"]  # the same precision: only a batch's rounding is left
     assert apart["mean"] < 1e-3 and apart["max"] <= 1 and apart["sound"]
     assert report["memory_mb"] > 50
+    in_time = [int(n) for n, one in report["sessions"].items() if one["fps_a_session"] >= 25]
+    assert report["keeps_up_with"] == max(in_time, default=0)
     assert 0 < report["share_of_matmul"] < 1 and report["gflop_a_frame"] > 0.1
+    assert "does not keep up" in table(report | {"keeps_up_with": 0})
+    assert "keeps up with 4 at once" in table(report | {"keeps_up_with": 4})
     text = table(report)
     assert "voipavatar bench x" in text and "torch" in text and "| 1 |" in text
     assert "nan" not in text.lower() and "against fp32 torch" in text
