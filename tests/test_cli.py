@@ -7,18 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from voipavatar.config import Settings
 from voipavatar.livekit_server import LiveKitServer
+from voipavatar.stage import LATE
 from voipavatar.version import __version__
 
 from . import servers
+from .faces import save_face
+from .musetalk_parts import needs
 
 ROOT = Path(__file__).parent.parent
 
@@ -344,6 +349,53 @@ def test_demo_answers_and_ends_with_one_signal(
         assert demo.gone()
     assert "Traceback" not in demo.stderr, demo.stderr
     assert livekit.running  # and ends only its own
+
+
+@pytest.mark.server
+def test_demo_with_a_persona_of_ones_own_and_the_musetalk_engine(tmp_path: Path) -> None:
+    """A YAML file from anywhere; random weights are enough for everything but beauty."""
+    needs("torch")
+    marks = save_face(tmp_path / "face.png", width=320, height=240)
+    persona = {
+        "engine": "musetalk",
+        "portrait": "face.png",
+        "landmarks": marks,
+        "width": 320,
+        "height": 240,
+        "voice": ["espeak"],
+        "engine_options": {"recipe": "musetalk-tiny", "models": str(tmp_path / "models")},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(persona))
+
+    def ask(path: str, data: Any = None) -> Any:
+        body = None if data is None else json.dumps(data).encode()
+        request = urllib.request.Request(base + path, body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return json.load(reply)
+
+    with Demo("--port", "0", "--persona", str(tmp_path / "mine.yaml")) as demo:
+        base, _, wish = demo.page.partition("?")
+        assert wish == "persona=mine"
+        opened = ask("sessions", {"persona": "mine"})
+        assert opened["persona"]["engine"] == "musetalk"
+        ask(f"sessions/{opened['id']}/say", {"text": "Hello there."})
+        seen: set[str] = set()
+        status = opened
+        end = time.monotonic() + 60
+        while "talking" not in seen or status["state"] != "idle":
+            assert time.monotonic() < end, status
+            status = ask(f"sessions/{opened['id']}")
+            seen.add(status["state"])
+            time.sleep(0.05)
+        counters = status["stage"]["counters"]
+        print(counters)
+        assert counters["talking"] > 10 and counters["failed"] == 0
+        # in time, or the log says that it is not
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.process.wait(30) == 0
+    late = counters["late"] >= max(LATE * counters["talking"], 12.5)
+    assert ("does not keep up" in demo.stderr) == late, demo.stderr
+    assert "Traceback" not in demo.stderr, demo.stderr
 
 
 @pytest.mark.server

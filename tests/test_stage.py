@@ -184,6 +184,21 @@ async def test_a_late_picture_never_holds_the_sound() -> None:
     assert late and all(one.dropped for one in late)
 
 
+@pytest.mark.parametrize(("every", "told"), [(2, True), (6, False)])
+async def test_a_turn_that_came_too_late_is_told(
+    every: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sound goes on whatever happens; who runs the machine must learn of it from the log."""
+    player = Player(slow=lambda job: job.speech and job.data[0] % every == 1)
+    player.say(2.0)
+    await player.tick(70)
+    lines = [one for one in caplog.records if "does not keep up" in one.message]
+    assert len(lines) == told
+    if told:
+        told_of = vars(lines[0])
+        assert (told_of["late"], told_of["pictures"]) == (25, 50)
+
+
 async def test_the_first_picture_is_waited_for_but_not_for_ever() -> None:
     player = Player(slow=lambda job: job.speech)
     number = player.say(0.2)

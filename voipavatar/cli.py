@@ -113,13 +113,24 @@ def cli(context: click.Context, verbose: int) -> None:
 @cli.command()
 @click.option("--port", type=click.IntRange(0, 65535), help="Port of the page; 0 is a free one.")
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.option(
+    "--persona", default="default", show_default=True, help="Who comes first: name, or a YAML file."
+)
 @click.pass_obj
-def demo(settings: Settings, port: int | None, no_browser: bool) -> int:
+def demo(settings: Settings, port: int | None, no_browser: bool, persona: str) -> int:
     """Talk to the avatar in your browser; everything runs on this machine.
 
     Starts a LiveKit server (unless LIVEKIT_URL names one) and the page. Ctrl-C ends both.
     """
+    from urllib.parse import quote
+
     from .livekit_server import free_port
+
+    who = load_persona(persona, settings)
+    if who.path is not None and persona != who.path.stem:
+        # the page finds it by name, as it finds the others of its folder
+        folders = (who.path.parent, *settings.persona_dirs)
+        settings = dataclasses.replace(settings, persona_dirs=folders)
 
     chosen = port
     if chosen is None:
@@ -129,11 +140,13 @@ def demo(settings: Settings, port: int | None, no_browser: bool) -> int:
     # What listens beyond loopback is `serve`'s business.
     settings = dataclasses.replace(settings, host="127.0.0.1", port=chosen)
 
+    page = "" if who.name == "default" else f"?persona={quote(who.name)}"
+
     def ready(url: str) -> None:
         if not no_browser:
-            _open_browser(url)
+            _open_browser(url + page)
 
-    return _serve(settings, ready)
+    return _serve(settings, ready, first=who.name, page=page)
 
 
 @cli.command()
@@ -239,14 +252,18 @@ def _serve(
     public_url: str = "",
     *,
     fed: bool = False,
+    first: str = "default",
+    page: str = "",
 ) -> int:
+    """`first` is prepared before the page opens; `page` is what its address ends with."""
     from .livekit_server import LiveKitServer
     from .server.guard import is_loopback
 
     livekit = LiveKitServer.from_settings(
         settings, host="127.0.0.1" if is_loopback(settings.host) else _ipv4(settings.host)
     )
-    _run(_serving(settings, livekit, ready, public_url, fed), livekit.end_now)
+    serving = _serving(settings, livekit, ready, public_url, fed, first, page)
+    _run(serving, livekit.end_now)
     return 0  # Ctrl-C is how it ends
 
 
@@ -256,6 +273,8 @@ async def _serving(
     ready: Callable[[str], None],
     public_url: str,
     fed: bool,
+    first: str,
+    page: str,
 ) -> None:
     from .server import serve as serve_http
     from .server.run import check_exposure
@@ -270,11 +289,11 @@ async def _serving(
             await _page_files(settings, tell)
             tell("preparing the avatar")
             studio = await stack.enter_async_context(Studio(settings))
-            await _prepare(studio, settings, tell)
+            await _prepare(studio, settings, first, tell)
             queues = await _queues(stack, studio, settings, livekit) if fed else []
 
         def on_ready(url: str) -> None:
-            _out.print(f"page:    {url}")
+            _out.print(f"page:    {url}{page}", soft_wrap=True)
             _out.print(f"LiveKit: {livekit.url} ({livekit.origin})")
             for queue in queues:
                 _out.print(f"queue:   {queue}")
@@ -325,13 +344,15 @@ async def _page_files(settings: Settings, tell: Callable[[str], None]) -> None:
             _err.print(f"[yellow]the page won't work:[/] {escape(str(error))}")
 
 
-async def _prepare(studio: Studio, settings: Settings, tell: Callable[[str], None]) -> None:
-    """The default persona, so that the first visitor doesn't wait for it."""
+async def _prepare(
+    studio: Studio, settings: Settings, first: str, tell: Callable[[str], None]
+) -> None:
+    """The first persona, so that the first visitor doesn't wait for it."""
 
     def progress(what: str, done: float) -> None:
         tell(f"preparing the avatar: {what} {done:.0%}")
 
-    await studio.prepare(load_persona("default", settings), progress)
+    await studio.prepare(load_persona(first, settings), progress)
 
 
 def _ipv4(host: str) -> str:

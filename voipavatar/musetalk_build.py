@@ -394,6 +394,8 @@ def bench(
     for n in sessions:
         progress(f"{n} sessions", 0.5 + 0.4 * list(sessions).index(n) / len(sessions))
         report["sessions"][str(n)] = _sessions(engine, avatar, n, seconds)
+    in_time = [n for n in sessions if report["sessions"][str(n)]["real_time"] >= 1]
+    report["keeps_up_with"] = max(in_time, default=0)
     counted = flops(networks)
     if counted:
         each = sum(counted.values())
@@ -578,11 +580,17 @@ def table(report: dict[str, Any]) -> str:
             f"{one['picture_ms_p50']} / {one['picture_ms_p95']} / {one['picture_ms_p99']} | "
             f"{one['sound_to_picture_ms_p95']} |"
         )
-    lines.append("")
+    most = report["keeps_up_with"]
+    lines += [
+        "",
+        f"It keeps up with {most} at once, of what was tried."
+        if most
+        else "It does not keep up with one session: pictures will be late.",
+    ]
     if "share_of_matmul" in report:
         lines.append(
             f"{report['gflop_a_frame']} GFLOP a frame; {report['share_of_matmul']:.0%} of the "
-            f"{report['matmul_tflops']} TFLOP/s that a matmul reaches here. "
+            f"{report['matmul_tflops']} TFLOP/s that a matmul reaches here."
         )
     error = report["streaming_against_offline"]
     taken = "not known" if report["memory_mb"] is None else f"{report['memory_mb']:.0f} MB"

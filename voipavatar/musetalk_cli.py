@@ -274,7 +274,10 @@ def bench_musetalk(
             cv2.imwrite(str(source), picture)
             options |= {"landmarks": marks, "parser": "points", "mask": "points"}
         with Progress(
-            TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True)
+            TextColumn("{task.description}"),
+            BarColumn(),
+            console=Console(stderr=True),
+            transient=True,
         ) as bar:
             task = bar.add_task("preparing", total=1.0)
 

@@ -54,6 +54,9 @@ logger = logging.getLogger(__name__)
 
 NOTHING = np.zeros(0, np.int16)
 
+LATE = 0.25
+"""Share of a turn's pictures that may be late before the log says so."""
+
 
 # --- what the viewer sees -------------------------------------------------------------------------
 
@@ -146,6 +149,8 @@ class Turn:
         """Its own samples at 48 kHz that were put into frames."""
         self.held = 0
         """Ticks that its first frame was waited for."""
+        self.late = 0
+        """Its frames whose picture was not ready."""
         self.primed = False
         """Enough is there to start (again) without stuttering."""
         self.announced = False
@@ -645,6 +650,7 @@ class Stage:
                 self.counters.failed += 1
             if turn is not None:
                 self.counters.late += 1
+                turn.late += 1
             else:
                 self.counters.idle_late += 1
         if turn is None and self._turns and self._turns[0].frames:
@@ -666,6 +672,11 @@ class Stage:
                 self._notice_cue(turn, cue, now + latency)
             self._turns.remove(turn)
             self._tail = turn
+            if turn.late >= max(LATE * turn.frames, self.fps / 2):
+                logger.warning(
+                    "pictures came too late: drawing does not keep up with speech on this machine",
+                    extra={"late": turn.late, "pictures": turn.frames},
+                )
             heard = turn.played / FRAME_RATE
             self._notices.append(
                 (

@@ -600,4 +600,9 @@ async def _measure(studio: Studio, name: str) -> int:
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
     on_cpu = share if (await renderer.start()).device == "cpu" else 0.0
     found = int(min(renderer.HEADROOM / max(share, 1e-3), cores / (on_cpu + ENCODING)))
+    if found < 1:
+        logger.warning(
+            "this machine hardly keeps up with one room: pictures may be late",
+            extra={"persona": name, "engine": persona.engine, "share_of_time": round(share, 2)},
+        )
     return max(1, found)
