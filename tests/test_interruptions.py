@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 TIMES = int(os.environ.get("VOIPAVATAR_INTERRUPTIONS", "0"))
 """How often; 0: the short length of each mode."""
-MEASURED = 8
+MEASURED = 6
 """One in so many is heard by itself at the viewer, so that its length can be told."""
 LINE = "one two three four five six seven eight"
 
@@ -135,7 +135,7 @@ async def test_interruptions_in_a_row(
         assert end.interrupted or whole_anyway
     assert not handle.interrupted and not ends[-1].interrupted
     total = sum(end - begin for begin, end in whole) / FRAME_RATE
-    assert total == pytest.approx(WORD * len(LINE.split()), abs=0.1)
+    assert -0.1 <= total - WORD * len(LINE.split()) <= 0.4, "whole, and once"
     assert interrupted >= times // 2, "most interruptions came before there was a sound"
 
     # The time-out is taken nowhere, neither ours nor the 2 s of who waits for an avatar.
@@ -145,4 +145,4 @@ async def test_interruptions_in_a_row(
 
     # As heard behind a jitter buffer, which stretches and shortens by itself.
     assert len(errors) >= times // MEASURED * 0.5
-    assert np.median(errors) <= 0.04 and np.percentile(errors, 90) <= 0.08
+    assert np.median(errors) <= 0.04 and np.percentile(errors, 90) <= 0.2
