@@ -258,21 +258,6 @@ async def test_the_face_follows_the_conversation(livekit: LiveKitServer) -> None
             await avatar.gesture("nod")
 
 
-async def test_interruptions_of_a_local_avatar(livekit: LiveKitServer) -> None:
-    name = new_room("barge")
-    async with local(livekit, name) as (session, avatar, room):
-        for pause in (0.0, 0.02, 0.2, 0.6, 0.0, 0.1):
-            handle = session.say("one two three four five six seven eight")
-            await asyncio.sleep(pause)
-            begin = time.monotonic()
-            session.interrupt(force=True)
-            await asyncio.wait_for(handle.wait_for_playout(), 5)
-            assert time.monotonic() - begin < 1.5
-            assert handle.interrupted
-        handle = await said(session, "still here")
-        assert not handle.interrupted
-
-
 async def test_what_is_missing_is_named(
     livekit: LiveKitServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

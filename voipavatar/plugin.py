@@ -816,18 +816,47 @@ async def _retried(work: Callable[[], Awaitable[T]], options: APIConnectOptions)
 
 
 def download() -> None:
-    """Prepare every persona whose engine can be had here. What is prepared is only checked."""
-    asyncio.run(_download())
+    """Bring what personas need before their first call: they are prepared, with all their looks;
+    the networks that find a face are fetched where a portrait comes without landmarks; Piper's
+    network is cut. What is there is only checked, what is damaged is brought again.
+
+    A persona whose engine can't be had here is left out with a warning. VoipAvatarException, once
+    everything else is done, names those that failed otherwise, and why.
+    """
+    failed = asyncio.run(_download())
+    if failed:
+        raise VoipAvatarException("not everything could be made ready: " + "; ".join(failed))
 
 
-async def _download() -> None:
+async def _download() -> list[str]:
+    from .facemodels import face_models
+    from .speech import bring
+
     settings = Settings.from_env()
+    failed: list[str] = []
     async with Studio(settings) as studio:
         for persona in list_personas(settings):
+            about = {"persona": persona.name}
             try:
-                await studio.prepare(persona)
-                logger.info("a persona is ready", extra={"persona": persona.name})
+                for look in (persona, *map(persona.look, persona.idles)):
+                    if _finds_the_face(look):
+                        await asyncio.to_thread(face_models, settings)
+                    await studio.prepare(look)
+                logger.info("a persona is ready", extra=about)
             except ConfigError as error:
-                logger.warning(
-                    "a persona was left out", extra={"persona": persona.name, "error": str(error)}
-                )
+                logger.warning("a persona was left out", extra={**about, "error": str(error)})
+                continue
+            except VoipAvatarError as error:
+                failed.append(f"{persona.name}: {error}")
+                continue
+            try:
+                await asyncio.to_thread(bring, persona.voice, settings)
+            except ConfigError as error:  # an agent speaks with a voice of its own
+                logger.info("a voice can't be had here", extra={**about, "error": str(error)})
+    return failed
+
+
+def _finds_the_face(persona: Persona) -> bool:
+    """Whether the face is looked for when the persona is prepared."""
+    given = persona.engine_settings().get("landmarks") is not None
+    return persona.engine == "viseme" and persona.portrait is not None and not given

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .chain import Chain
     from .edge import EdgeTTS
     from .espeak import EspeakTTS
-    from .making import Available, make_voice, voices
+    from .making import Available, bring, make_voice, voices
     from .piper import PiperTTS
     from .speaking import Prepared, prefetch, speak
     from .system import Pyttsx3TTS
@@ -29,6 +29,7 @@ _WHERE = {
     "EspeakTTS": "espeak",
     "PiperTTS": "piper",
     "Pyttsx3TTS": "system",
+    "bring": "making",
     "Prepared": "speaking",
     "make_voice": "making",
     "prefetch": "speaking",
@@ -46,6 +47,7 @@ __all__ = [
     "PiperTTS",
     "Prepared",
     "Pyttsx3TTS",
+    "bring",
     "make_voice",
     "prefetch",
     "speak",

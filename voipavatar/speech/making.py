@@ -95,6 +95,24 @@ def make_voice(choices: Sequence[Choice], settings: Place) -> Chain:
     return chain
 
 
+def bring(choices: Sequence[Choice], settings: Place) -> None:
+    """What voices keep on disk before they first speak, made or checked now. Blocks.
+
+    That is Piper's network; the others have nothing, or a plug-in that sees to it. Raises
+    ConfigError for a voice that can't be had here.
+    """
+    for choice in choices:
+        if choice.use == "piper":
+            from . import piper
+
+            files = {
+                name: _filled(choice.use, choice.options[name])
+                for name in ("model", "config")
+                if name in choice.options
+            }
+            piper.bring(**files, cache_dir=settings.cache_dir)
+
+
 def _make(
     use: str, options: dict[str, Any], settings: Place, sessions: list[_Session]
 ) -> tts.TTS[Any]:

@@ -330,6 +330,16 @@ def cut(model: Path, folder: Path) -> None:
     onnx.save(part("decoder", [sound], frames), str(folder / "decoder.onnx"))
 
 
+def bring(
+    model: str | Path | None = None, config: str | Path | None = None, *, cache_dir: Path
+) -> Path:
+    """The folder of a voice's cut network, made or checked now. Blocks, for seconds when it is
+    made. Raises ConfigError naming what is missing."""
+    installed()
+    path, _ = locate(model, config)
+    return _cut_cached(path, cache_dir)
+
+
 def _cut_cached(model: Path, cache: Path) -> Path:
     """Folder with the cut network: made once, checked whenever it is used."""
     digest = _sha256(model)

@@ -27,9 +27,8 @@ class VoipAvatarPlugin(Plugin):
         super().__init__(__name__, __version__, __package__ or __name__, logger)
 
     def download_files(self) -> None:
-        """Prepare every persona that is found, so that none of it happens in a call.
-
-        What is prepared already is only checked.
+        """Prepare every persona that is found, and bring what that takes, so that none of it
+        happens in a call. What is there already is only checked.
         """
         from voipavatar.plugin import download
 
