@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 import time
@@ -366,8 +367,9 @@ async def test_fifty_at_once_on_room_for_eight(livekit: LiveKitServer, tmp_path:
             )
             assert len(came) == 8 and len(told) == 42
             assert max(when for when, _ in told) <= 10
-            assert all("full (3 of 3 rooms)" in reason for _, reason in told)
-            assert all("full (5 of 5 rooms)" in reason for _, reason in told)
+            # Each is told by those who answered in time: on a busy machine perhaps by one alone.
+            assert all(re.search(r"full \((3 of 3|5 of 5) rooms\)", reason) for _, reason in told)
+            assert any("3 of 3" in reason and "5 of 5" in reason for _, reason in told)
             assert three.health()["sessions"] == 3 and five.health()["sessions"] == 5
         finally:
             await asyncio.gather(*(avatar.aclose() for avatar in avatars))
