@@ -318,7 +318,7 @@ async def measured(
                     said = session.history.items[-1]
                     assert said.type == "message" and said.text_content == " ".join(WORDS)
                     found = sorted(leads(user, seen, since))
-                    if found and (not best or found[-1] < best[-1]):
+                    if len(found) >= len(WORDS) - 1 and (not best or found[-1] < best[-1]):
                         best = found
                     if best and best[-1] < LEAD:
                         break

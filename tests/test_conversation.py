@@ -447,6 +447,7 @@ async def test_a_conversation_without_a_line_of_python(
             rooms = (await lk.room.list_rooms(api.ListRoomsRequest(names=[room]))).rooms
             assert not rooms, "the room stayed behind"
     assert "hush" not in caplog.text
+    assert "failed to emit" not in caplog.text, "something of the avatar could not be called"
 
 
 @server

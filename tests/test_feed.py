@@ -292,9 +292,14 @@ async def test_a_queue_without_a_broker_is_passed_on(
     name, room = f"bare-{uuid.uuid4().hex[:6]}", f"room-{uuid.uuid4().hex[:6]}"
     bare = dataclasses.replace(settings, amqp_url="")
     async with working(bare, name) as task:
-        async with dispatched(livekit, name, room, {"persona": "clapper", "queue": "q"}):
-            end = time.monotonic() + 15
-            while (found := await health(task))["refused"] == 0:
-                assert time.monotonic() < end
-                await asyncio.sleep(0.1)
-            assert found["taken"] == 0
+        wish = {"persona": "clapper", "queue": "q"}
+        async with contextlib.AsyncExitStack() as undo:
+            # A LiveKit server that is busy drops a request now and then, and tells nobody.
+            for again in range(3):
+                await undo.enter_async_context(dispatched(livekit, name, f"{room}-{again}", wish))
+                end = time.monotonic() + 6
+                while (found := await health(task))["refused"] == 0 and time.monotonic() < end:
+                    await asyncio.sleep(0.1)
+                if found["refused"]:
+                    break
+            assert found["refused"] and found["taken"] == 0

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -30,7 +32,7 @@ from voipavatar.media import UInt8
 from voipavatar.plugin import AvatarJoinTimeout, AvatarSession, VoipAvatarException
 from voipavatar.session import ENGINES
 from voipavatar.viewer import Viewer
-from voipavatar.worker import Order, Worker
+from voipavatar.worker import Order, Worker, _measure
 
 from .scripted import Joined, Plain, agent_session, said
 
@@ -155,6 +157,32 @@ def test_orders_are_read_strictly() -> None:
     for wrong in ("{", "[]", '{"persona": 3}', '{"person": "x"}'):
         with pytest.raises(ConfigError, match="metadata"):
             Order.parse(wrong)
+
+
+async def test_a_machine_that_is_too_slow_for_one_room_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes one room all the same: better late pictures than none, but not in silence."""
+    costs = iter([0.001, 0.06])
+
+    class Slow:
+        HEADROOM = 0.9
+
+        async def call(self, draw: Any) -> float:
+            return next(costs)
+
+        async def start(self) -> Any:
+            return SimpleNamespace(device="cuda")
+
+    async def nothing(*_: Any) -> Any:
+        return Slow()
+
+    studio: Any = SimpleNamespace(settings=Settings.from_env(), prepare=nothing, renderer=nothing)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert await _measure(studio, "clapper") == 36  # at 25 pictures a second
+    assert "hardly keeps up" not in caplog.text
+    assert await _measure(studio, "clapper") == 1
+    assert "hardly keeps up" in caplog.text
 
 
 @server
@@ -339,8 +367,9 @@ async def test_fifty_at_once_on_room_for_eight(livekit: LiveKitServer, tmp_path:
             )
             assert len(came) == 8 and len(told) == 42
             assert max(when for when, _ in told) <= 10
-            assert all("full (3 of 3 rooms)" in reason for _, reason in told)
-            assert all("full (5 of 5 rooms)" in reason for _, reason in told)
+            # Each is told by those who answered in time: on a busy machine perhaps by one alone.
+            assert all(re.search(r"full \((3 of 3|5 of 5) rooms\)", reason) for _, reason in told)
+            assert any("3 of 3" in reason and "5 of 5" in reason for _, reason in told)
             assert three.health()["sessions"] == 3 and five.health()["sessions"] == 5
         finally:
             await asyncio.gather(*(avatar.aclose() for avatar in avatars))

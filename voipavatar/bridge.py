@@ -86,6 +86,23 @@ class FarSession:
     async def swap_persona(self, persona: Persona | str) -> None:
         await there(self._loop, self._session.swap_persona(persona))
 
+    def pose(self, name: str) -> None:
+        """How the face is held while it doesn't speak, as of a moment later."""
+        self._there(lambda: self._session.pose(name))
+
+    def gesture(self, name: str) -> None:
+        """One gesture, a moment later. One that the avatar doesn't know is logged."""
+        self._there(lambda: self._session.gesture(name))
+
+    def _there(self, call: Callable[[], None]) -> None:
+        def tried() -> None:
+            try:
+                call()
+            except VoipAvatarError as error:
+                logger.info("the face did not change", extra={"error": str(error)})
+
+        post(self._loop, tried)
+
     async def listened(self, seconds: float) -> bool:
         """Whether somebody has subscribed to its sound, waiting so long at most."""
         return await there(self._loop, _subscribed(self._session, seconds))
