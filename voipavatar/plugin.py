@@ -58,7 +58,7 @@ BEAT = 1.0
 """Seconds between two looks at a dispatched avatar."""
 MISSED = 2
 """Looks in a row without an answer after which it counts as gone."""
-ANSWER = 6.0
+ANSWER = 3.0
 """Seconds in which a worker must answer; the server drops a request in silence when it is busy, or
 knows of no worker just then."""
 GOODBYE = 4.0

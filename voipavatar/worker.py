@@ -50,8 +50,9 @@ ENCODING = 0.2
 _NAMES = ("LIVEKIT_AGENT_NAME_OVERRIDE", "LIVEKIT_AGENT_NAME")
 FAREWELL = 2.0
 """Seconds for what is being said when an avatar leaves."""
-FULL = 0.98
-"""The load of a worker that has no room left."""
+FULL = 0.6
+"""The load that a full worker reports. From 0.7 on (`agents.target_load`, pkg/agent/config.go of
+LiveKit's server) a request isn't even offered to it, and who asked would hear nothing."""
 PROBE = 5.0
 """Seconds between two attempts to draw with an engine that is failing."""
 
@@ -262,7 +263,7 @@ class Worker:
     def _load(self, server: AgentServer) -> float:
         """Never quite 1: the server asks no worker that says so, and drops the room in silence,
         where one that is asked can tell why not."""
-        return min(FULL, len(self._taken) / max(1, self.capacity))
+        return FULL * min(1.0, len(self._taken) / max(1, self.capacity))
 
     def refusal(self) -> str | None:
         """Why no further room is taken now."""
