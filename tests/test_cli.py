@@ -256,6 +256,9 @@ def test_bench_tells_numbers_as_json() -> None:
     assert found["size"] == "320x180"
     assert "WIDTHxHEIGHT" in run(*bench, "large").stderr
     assert any(isinstance(value, float) and value > 0 for value in found.values()), found
+    # One whose portrait and landmarks lie beside its YAML.
+    done = run("bench", "engine", "--persona", "clara", *bench[4:], "320x180", "--seconds", "1")
+    assert done.returncode == 0, done.stderr
 
 
 STUBBORN = """

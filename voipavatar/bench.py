@@ -364,7 +364,7 @@ async def engine(
         if size is not None:
             shape = {"width": size[0], "height": size[1]}
             try:
-                who = Persona.model_validate(who.model_dump() | shape)
+                who = Persona.model_validate(who.model_dump() | shape | {"path": who.path})
             except ValueError as error:
                 raise ConfigError(f"a picture can't be {size[0]}x{size[1]}: {error}") from None
         tell("preparing")
