@@ -261,8 +261,6 @@ class Worker:
     # -- who gets in -------------------------------------------------------------------------------
 
     def _load(self, server: AgentServer) -> float:
-        """Never quite 1: the server asks no worker that says so, and drops the room in silence,
-        where one that is asked can tell why not."""
         return FULL * min(1.0, len(self._taken) / max(1, self.capacity))
 
     def refusal(self) -> str | None:
@@ -502,17 +500,12 @@ class Worker:
 
     async def _ask_another(self, job: Any) -> None:
         """For a room whose avatar nobody else would ask for again: one that speaks from a queue."""
-        url, key, secret = (
-            self.settings.livekit_url,
-            self.settings.livekit_api_key,
-            self.settings.livekit_api_secret,
-        )
+        assert self._api is not None
         wish = api.CreateAgentDispatchRequest(
             agent_name=self.agent_name, room=job.room.name, metadata=job.metadata
         )
         try:
-            async with api.LiveKitAPI(url, key, secret) as livekit:
-                await asyncio.wait_for(livekit.agent_dispatch.create_dispatch(wish), 10.0)
+            await self._api.agent_dispatch.create_dispatch(wish)
         except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
             logger.error("no other worker could be asked", extra={"error": type(error).__name__})
 
