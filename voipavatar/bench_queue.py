@@ -31,6 +31,7 @@ from .rabbitmq import QueueFeed, QueueOptions
 from .session import Session, Studio
 from .stage import Options
 from .version import __version__
+from .waiting import within
 
 Tell = Callable[[str], None]
 
@@ -201,7 +202,7 @@ async def _latency(
         await place.open()
         undo.push_async_callback(place.aclose)
         feed = await undo.enter_async_context(QueueFeed(options, ledger, place))
-        await asyncio.wait_for(feed.wire.up.wait(), 30)
+        await within(feed.wire.up.wait(), 30)
         await studio.voice(load_persona(persona, settings).voice)
         took: list[float] = []
         mouth = mouths[0]
@@ -214,7 +215,7 @@ async def _latency(
             new = f"Number {time.time_ns() // 1000 % 1_000_000}, {text[0].lower()}{text[1:]}"
             body = {"type": "text", "data": new, "message_id": f"l{i}"}
             await bench.send(body)
-            await asyncio.wait_for(mouth.new.wait(), 30)
+            await within(mouth.new.wait(), 30)
             if i:  # the first one also loads what is loaded once
                 took.append(list(mouth.first.values())[-1] - begin)
             own = place.own()
@@ -279,7 +280,7 @@ async def _endure(
             await place.open()
         undo.push_async_callback(place.aclose)
         feed = await undo.enter_async_context(QueueFeed(options, ledger, place))
-        await asyncio.wait_for(feed.wire.up.wait(), 30)
+        await within(feed.wire.up.wait(), 30)
         begin = time.monotonic()
         total = round(faked) if faked else round(real * 2)
         while len(taken) + refused < total:
@@ -307,7 +308,7 @@ async def _endure(
         while len(bench.ends) < len(taken) and time.monotonic() < deadline:
             bench.new.clear()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(bench.new.wait(), 1.0)
+                await within(bench.new.wait(), 1.0)
         sizes.append(process.memory_info().rss / 1e6)
         outcomes = list(bench.ends.values())
         found = {

@@ -17,6 +17,7 @@ from .config import Persona
 from .errors import StageError, VoipAvatarError
 from .media import Int16
 from .session import Played
+from .waiting import within
 
 if TYPE_CHECKING:
     from livekit import rtc
@@ -122,7 +123,7 @@ async def _subscribed(session: Session, seconds: float) -> bool:
     for publication in publications:
         if publication.kind == rtc.TrackKind.KIND_AUDIO:
             try:
-                await asyncio.wait_for(publication.wait_for_subscription(), seconds)
+                await within(publication.wait_for_subscription(), seconds)
             except asyncio.TimeoutError:
                 return False
             return True
@@ -232,4 +233,4 @@ async def there(
     except RuntimeError:  # that loop is no more
         work.close()
         raise StageError("the worker has ended") from None
-    return await asyncio.wait_for(asyncio.wrap_future(future), patience)
+    return await within(asyncio.wrap_future(future), patience)

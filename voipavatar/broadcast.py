@@ -31,6 +31,7 @@ from .errors import ConfigError, StageError, TransportError
 from .media import FRAME_RATE, Frame, Int16, UInt8, i420, slice_start
 from .rtmp import Packet, StreamHeader, StreamUrl
 from .targets import Backoff, Event, Rotation, State, Target
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -381,7 +382,7 @@ class Broadcast:
             encoder = self.encoder
             if encoder is not None:
                 try:
-                    await asyncio.wait_for(encoder.ended.wait(), 0.25)
+                    await within(encoder.ended.wait(), 0.25)
                     why = "crashed"
                 except asyncio.TimeoutError:
                     owes = encoder.waiting > 0 and time.monotonic() - encoder.heard

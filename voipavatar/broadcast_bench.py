@@ -32,6 +32,7 @@ from .errors import ConfigError, TransportError
 from .media import FRAME_RATE, Frame, UInt8, i420, slice_start
 from .rtmp import StreamUrl
 from .targets import Event, State
+from .waiting import within
 
 MODULE = "ngx_rtmp_module.so"
 MODULE_DIRS = ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/usr/share/nginx/modules")
@@ -135,7 +136,7 @@ class Ingest:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), 10)
+            await within(process.wait(), 10)
         except asyncio.TimeoutError:
             process.kill()
             await process.wait()

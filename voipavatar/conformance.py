@@ -40,6 +40,7 @@ from .media import FRAME_RATE, Int16, i420
 from .room import RoomOptions, connect
 from .session import Studio
 from .viewer import Viewer
+from .waiting import within
 
 RATE = 24_000
 AVATAR = "avatar-under-test"
@@ -246,7 +247,7 @@ class _Trial:
         for begin in range(0, len(pcm), RATE // 50):
             piece = pcm[begin : begin + RATE // 50]
             frame = rtc.AudioFrame(piece.tobytes(), RATE, 1, len(piece))
-            await asyncio.wait_for(self.output.capture_frame(frame), 20.0)
+            await within(self.output.capture_frame(frame), 20.0)
 
     async def costs(self, name: str, work: Awaitable[None]) -> None:
         """Do `work`, and tell what the avatar's process took meanwhile, in percent of a core."""
@@ -474,7 +475,7 @@ class Host:
         assert process is not None and process.stdin is not None
         process.stdin.close()  # it takes that for the end
         try:
-            await asyncio.wait_for(process.wait(), 15.0)
+            await within(process.wait(), 15.0)
         except asyncio.TimeoutError:
             process.kill()
             await process.wait()
@@ -488,7 +489,7 @@ class Host:
 
     async def _answer(self, limit: float) -> None:
         assert self._process is not None and self._process.stdout is not None
-        line = await asyncio.wait_for(self._process.stdout.readline(), limit)
+        line = await within(self._process.stdout.readline(), limit)
         if not line:
             raise TransportError(f"the avatar {self._avatar!r} ended: " + "".join(self._said))
 
@@ -588,7 +589,7 @@ class _Flash(VideoGenerator):
         size = RATE // FPS * 2
         while True:
             try:
-                item = await asyncio.wait_for(self._queue.get(), 0.5 / FPS)
+                item = await within(self._queue.get(), 0.5 / FPS)
             except asyncio.TimeoutError:
                 yield self._pictures[False]
                 continue

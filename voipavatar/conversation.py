@@ -28,6 +28,7 @@ from .config import AgentSection, Greeting, Persona, Settings
 from .errors import ConfigError, VoipAvatarError
 from .parts import Parts, build
 from .plugin import AvatarSession
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class Conversation:
                 logger.info("nobody came (back)")
                 self._end("idle")
             try:
-                await asyncio.wait_for(self._over.wait(), 0.2)
+                await within(self._over.wait(), 0.2)
             except asyncio.TimeoutError:
                 continue
 
@@ -257,7 +258,7 @@ class Conversation:
             if closing is None:
                 continue
             try:
-                await asyncio.wait_for(closing, CLOSE)
+                await within(closing, CLOSE)
             except asyncio.TimeoutError:
                 logger.error("a conversation did not end in time", extra={"part": what})
 

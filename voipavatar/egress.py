@@ -23,6 +23,7 @@ from livekit import api
 from .errors import ConfigError, TransportError
 from .rtmp import StreamUrl
 from .targets import MOVES, Backoff, Event, State
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -443,7 +444,7 @@ class EgressOutputs:
     async def _nap(self, seconds: float | None) -> None:
         """Sleep until something changes, or for so long."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), seconds)
+            await within(self._wake.wait(), seconds)
         self._wake.clear()
 
     @contextlib.asynccontextmanager

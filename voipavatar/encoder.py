@@ -37,6 +37,7 @@ from .errors import ConfigError, TransportError
 from .media import FRAME_RATE, Int16, Resampler, UInt8, check_fps, i420
 from .rtmp import Packet, StreamHeader
 from .sinks import SampleLine, mark_colours, picture_frame, stereo_frame
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -658,7 +659,7 @@ class EncoderProcess:
         setup = {"programme": asdict(self.spec), "first": self._first, "slots": SLOTS}
         self._writer.write(_message(b"S", json.dumps(setup).encode()))
         try:
-            self.header = await asyncio.wait_for(self._opened, START_LIMIT)
+            self.header = await within(self._opened, START_LIMIT)
         except asyncio.TimeoutError:
             await self.kill("it did not start")
             raise TransportError(
@@ -700,7 +701,7 @@ class EncoderProcess:
         if self._writer is not None and not self.ended.is_set():
             self._writer.write(_message(b"Q", b""))
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.ended.wait(), timeout)
+                await within(self.ended.wait(), timeout)
         await self.kill("closed")
 
     async def kill(self, reason: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .errors import ConfigError, TransportError
+from .waiting import within
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -289,7 +290,7 @@ class RedisLedger:
 
     async def _do(self, call: Any) -> Any:
         try:
-            return await asyncio.wait_for(call, 2 * self.TIMEOUT)
+            return await within(call, 2 * self.TIMEOUT)
         except (*self._failures, asyncio.TimeoutError) as error:
             raise TransportError(f"Redis, the record of messages, fails: {error}") from error
 

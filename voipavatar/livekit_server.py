@@ -41,6 +41,7 @@ from typing import IO, TypeAlias
 
 from .config import Settings
 from .errors import ConfigError, TransportError
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -370,13 +371,13 @@ async def _run(
     try:
         while time.monotonic() < deadline:
             try:
-                line = await asyncio.wait_for(process.stdout.readline(), 1.0)
+                line = await within(process.stdout.readline(), 1.0)
             except asyncio.TimeoutError:
                 if tick is not None:
                     tick()
                 continue
             if not line:
-                return await asyncio.wait_for(process.wait(), 30)
+                return await within(process.wait(), 30)
             see(line.decode(errors="replace").strip())
         return 124
     finally:

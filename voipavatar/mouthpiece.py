@@ -30,6 +30,7 @@ from .agentstream import (
     Turn,
 )
 from .media import FRAME_RATE, Int16, Resampler
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ class Mouthpiece(AudioOutput):
     async def capture_frame(self, frame: rtc.AudioFrame) -> None:
         if self._route is None:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ready.wait(), self._patience)
+                await within(self._ready.wait(), self._patience)
             if self._route is None and self._late is not None:
                 self.use(self._late())
         await super().capture_frame(frame)
@@ -369,7 +370,7 @@ class Wire:
             await writer.write(bytes(frame.data.cast("b")))
 
     async def _opening(self, frame: rtc.AudioFrame) -> rtc.ByteStreamWriter:
-        return await asyncio.wait_for(
+        return await within(
             self._room.local_participant.stream_bytes(
                 name=f"AUDIO_{time.monotonic_ns():x}",
                 topic=AUDIO_TOPIC,
@@ -569,7 +570,7 @@ class VoiceOnly:
                     await self._play(segment, resampler.flush())
                 if self._source is not None:
                     with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self._source.wait_for_playout(), 2.0)
+                        await within(self._source.wait_for_playout(), 2.0)
                 segment.finished(self._heard, interrupted=False)
                 continue
             if pcm is None or channels != frame.num_channels:
@@ -604,11 +605,11 @@ class VoiceOnly:
         track = rtc.LocalAudioTrack.create_audio_track("agent_audio", self._source)
         options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE)
         try:
-            publication = await asyncio.wait_for(
+            publication = await within(
                 self._room.local_participant.publish_track(track, options), 10.0
             )
             self._sid = publication.sid
-            await asyncio.wait_for(publication.wait_for_subscription(), 2.0)
+            await within(publication.wait_for_subscription(), 2.0)
         except asyncio.TimeoutError:
             logger.info("nobody listens to the agent's own voice yet")
         except Exception as error:  # rtc raises bare exceptions; the conversation goes on mute
@@ -620,7 +621,7 @@ class VoiceOnly:
         source, self._source = self._source, None
         if sid is not None and self._room.isconnected():
             with contextlib.suppress(Exception):  # the room may be gone any moment
-                await asyncio.wait_for(self._room.local_participant.unpublish_track(sid), 5.0)
+                await within(self._room.local_participant.unpublish_track(sid), 5.0)
         if source is not None:
             await source.aclose()
 

@@ -7,7 +7,6 @@ values of secrets are not in it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import difflib
 import importlib
@@ -36,6 +35,7 @@ from .config import (
 from .errors import ConfigError
 from .speech import make_voice
 from .speech.making import OWN, _class, _converted, _parameters
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Parts:
             close = getattr(one, "aclose", None)
             try:
                 if close is not None:
-                    await asyncio.wait_for(close(), 5.0)
+                    await within(close(), 5.0)
             except Exception as error:  # a plug-in, whatever it raises
                 logger.info("a model was not closed", extra={"error": type(error).__name__})
 

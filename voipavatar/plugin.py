@@ -43,6 +43,7 @@ from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
 from .room import RoomOptions
 from .session import Studio
+from .waiting import within
 
 if TYPE_CHECKING:
     from livekit.agents import AgentSession
@@ -378,13 +379,13 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             destination_identity=self._identity, method=LEAVE, payload="", response_timeout=1.0
         )
         try:
-            await asyncio.wait_for(call, 1.5)
+            await within(call, 1.5)
         except (rtc.RpcError, asyncio.TimeoutError) as error:
             logger.info("the avatar was not asked to leave", extra={"error": type(error).__name__})
 
     async def _cleaned(self, call: Awaitable[Any]) -> None:
         try:
-            await asyncio.wait_for(call, 5.0)
+            await within(call, 5.0)
         except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
             if not (isinstance(error, api.TwirpError) and error.code == "not_found"):
                 logger.info("cleaning up failed", extra={"error": type(error).__name__})
@@ -507,7 +508,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         )
         try:
             # Of its own accord the call waits for an acknowledgement several times as long.
-            await asyncio.wait_for(call, 2.0)
+            await within(call, 2.0)
         except asyncio.TimeoutError:
             return False
         except rtc.RpcError as error:
@@ -605,9 +606,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         while self._room is not None and told != self._pose:
             told = self._pose
             try:
-                await asyncio.wait_for(
-                    self._room.local_participant.set_attributes({POSE: told}), timeout=5.0
-                )
+                await within(self._room.local_participant.set_attributes({POSE: told}), 5.0)
             except Exception as error:  # a face at ease is no reason to disturb the speech
                 logger.info("a pose was not told", extra={"error": type(error).__name__})
                 return
@@ -628,7 +627,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 if left <= 0 or (not lost and self.lost):
                     raise asyncio.TimeoutError
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._here.wait(), min(0.1, left))
+                    await within(self._here.wait(), min(0.1, left))
             left = end - time.monotonic()
             await super().wait_for_join(timeout=None if timeout is None else max(0.1, left))
         except asyncio.TimeoutError:
@@ -756,7 +755,7 @@ class _Silence:
 
     async def _unpublish(self, sid: str) -> None:
         try:
-            await asyncio.wait_for(self._room.local_participant.unpublish_track(sid), 5.0)
+            await within(self._room.local_participant.unpublish_track(sid), 5.0)
         except Exception as error:  # rtc raises bare exceptions
             logger.info("the agent's own track stays", extra={"error": type(error).__name__})
 
@@ -795,7 +794,7 @@ async def _retried(work: Callable[[], Awaitable[T]], options: APIConnectOptions)
     for attempt in range(options.max_retry + 1):
         error: APIStatusError | APIConnectionError
         try:
-            return await asyncio.wait_for(work(), options.timeout)
+            return await within(work(), options.timeout)
         except api.TwirpError as found:
             status = int(getattr(found, "status", 500) or 500)
             error = APIStatusError(

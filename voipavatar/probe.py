@@ -18,6 +18,7 @@ from .encoder import Encoder, programme
 from .errors import TransportError
 from .media import FRAME_RATE, i420
 from .rtmp import Packet, RtmpConnection, StreamUrl
+from .waiting import within
 
 STEP_LIMIT = 6.0
 """Seconds for each step before the push."""
@@ -71,7 +72,7 @@ async def probe(
 async def _name(url: StreamUrl) -> Finding:
     loop = asyncio.get_running_loop()
     try:
-        answer = await asyncio.wait_for(loop.getaddrinfo(url.host, url.port), STEP_LIMIT)
+        answer = await within(loop.getaddrinfo(url.host, url.port), STEP_LIMIT)
     except OSError:
         text = f"the name {url.host} is not known: check its spelling and this machine's DNS"
         return Finding("name", False, text)
@@ -83,7 +84,7 @@ async def _name(url: StreamUrl) -> Finding:
 async def _port(url: StreamUrl) -> Finding:
     began = time.monotonic()
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(url.host, url.port), STEP_LIMIT)
+        _, writer = await within(asyncio.open_connection(url.host, url.port), STEP_LIMIT)
     except asyncio.TimeoutError:
         text = f"port {url.port} doesn't answer: a firewall, here or there, swallows it"
         if url.kind == "rtmp":
@@ -116,7 +117,7 @@ async def _push(line: RtmpConnection, url: StreamUrl, seconds: float, bitrate: i
             await asyncio.sleep(max(0.0, origin + index / 25 - time.monotonic()))
             for packet in packets:
                 if packet.pts >= 0:
-                    await asyncio.wait_for(line.send(packet, packet.milliseconds), 4 * STEP_LIMIT)
+                    await within(line.send(packet, packet.milliseconds), 4 * STEP_LIMIT)
             last = time.monotonic() - origin - index / 25
             if last > seconds:
                 break

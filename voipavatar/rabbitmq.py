@@ -44,6 +44,7 @@ from .messages import (
     sender_of,
 )
 from .metrics import MESSAGES
+from .waiting import within
 
 if TYPE_CHECKING:
     import aio_pika
@@ -413,7 +414,7 @@ class Wire:
         # Consumers of a queue that was deleted are cancelled; one that lost them is not ours.
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._doubt.wait(), self.options.watch)
+                await within(self._doubt.wait(), self.options.watch)
             if self._doubt.is_set():
                 raise TransportError("the connection, a channel or a consumer was closed")
             for name in (self.options.queue, self.options.control):
@@ -757,7 +758,7 @@ class QueueFeed:
     async def connected(self, seconds: float) -> bool:
         """Whether the broker is there, or comes within so many seconds."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.wire.up.wait(), seconds)
+            await within(self.wire.up.wait(), seconds)
         return self.wire.up.is_set()
 
     def status(self) -> dict[str, Any]:
@@ -1345,7 +1346,7 @@ class QueueFeed:
             left = heard_of + limit - time.monotonic()
             if left > 0:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(chunks.changed.wait(), left)
+                    await within(chunks.changed.wait(), left)
                 if not chunks.held or chunks.next in chunks.held:
                     continue
                 if time.monotonic() - heard_of < options.gap:
@@ -1532,7 +1533,7 @@ class QueueFeed:
                 if notice.state and self._outbox and self._outbox[0] is notice:
                     self._outbox.popleft()  # of no use later
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self.wire.up.wait(), 1.0)
+                    await within(self.wire.up.wait(), 1.0)
                 await asyncio.sleep(0.05)
                 continue
             except Exception:  # one event that can't be told must not silence the others

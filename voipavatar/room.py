@@ -25,6 +25,7 @@ from livekit import api, rtc
 from . import metrics
 from .errors import ConfigError, TransportError
 from .media import FRAME_RATE, Frame, Int16, UInt8
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +299,7 @@ class RoomSink:
             )
             for guest in options.guests:
                 guest.entered(room)
-            await asyncio.wait_for(self._publish(room), options.timeout)
+            await within(self._publish(room), options.timeout)
         except (rtc.ConnectError, asyncio.TimeoutError) as error:
             raise TransportError(
                 f"can't join the LiveKit room at {options.url}: {_reason(error)}. "
@@ -365,7 +366,7 @@ class RoomSink:
             for guest in self.options.guests:
                 guest.left()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(room.disconnect(), 5.0)
+                await within(room.disconnect(), 5.0)
         if audio is not None:
             await audio.aclose()
         if video is not None:

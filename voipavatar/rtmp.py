@@ -24,6 +24,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from .errors import ConfigError, TransportError
+from .waiting import within
 
 CHUNK_SIZE = 4096
 """Bytes of a message between two chunk headers, as we send it; every known server takes this."""
@@ -503,9 +504,9 @@ class RtmpConnection:
                     self._command("FCUnpublish", 6, None, self.url.key)
                     + self._command("deleteStream", 7, None, float(self._stream))
                 )
-                await asyncio.wait_for(writer.drain(), 2)
+                await within(writer.drain(), 2)
                 writer.close()
-                await asyncio.wait_for(writer.wait_closed(), 2)
+                await within(writer.wait_closed(), 2)
                 return
         writer.transport.abort()
 

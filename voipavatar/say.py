@@ -14,6 +14,7 @@ from .config import Settings
 from .errors import ConfigError, TransportError
 from .media import Mode
 from .messages import OUTCOMES, read_event
+from .waiting import within
 
 EXIT = {"finished": 0, "failed": 1, "interrupted": 3, "expired": 4, "duplicate": 5}
 """Exit codes by outcome."""
@@ -64,9 +65,7 @@ async def by_queue(
                 reply_to=replies.name,
             )
             try:
-                await asyncio.wait_for(
-                    channel.default_exchange.publish(message, where, mandatory=True), 10
-                )
+                await within(channel.default_exchange.publish(message, where, mandatory=True), 10)
             except aio_pika.exceptions.DeliveryError as error:
                 full = type(error).__name__ != "PublishError"
                 why = "the queue is full: try again" if full else f"there is no queue {where!r}"
@@ -89,7 +88,7 @@ async def _followed(
     async with contextlib.aclosing(events):
         while (left := deadline - time.monotonic()) > 0:
             try:
-                event = await asyncio.wait_for(anext(events), left)
+                event = await within(anext(events), left)
             except (asyncio.TimeoutError, StopAsyncIteration):
                 return None
             tell(event)

@@ -25,6 +25,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from .errors import ConfigError, StageError, TransportError, VoipAvatarError
 from .media import FRAME_RATE, Frame, Int16, UInt8, check_fps, slice_start
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ class FileSink:
             self._changed.notify()
         if self._thread is not None and not self._closed:
             try:
-                await asyncio.wait_for(self._done.wait(), CLOSE_LIMIT)
+                await within(self._done.wait(), CLOSE_LIMIT)
             except asyncio.TimeoutError:
                 self.error = self._stuck(CLOSE_LIMIT)
         self._closed = True

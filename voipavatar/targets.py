@@ -39,6 +39,7 @@ from .rtmp import (
     avc_configuration,
     video_tag,
 )
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ class MuxLink:
         )
         self._thread.start()
         try:
-            await asyncio.wait_for(opened, 15)
+            await within(opened, 15)
         except asyncio.TimeoutError:
             raise TransportError(f"{self._url} could not be opened within 15 s") from None
 
@@ -638,7 +639,7 @@ class Target:
                 taken = time.monotonic() - began if line is not None else None
                 wait = self._judge(error, moved, taken, time.monotonic() - outage)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), wait)
+                await within(self._stop.wait(), wait)
 
     def _judge(
         self, error: TransportError, moved: bool, lived: float | None, outage: float

@@ -21,6 +21,7 @@ from .engines.clapper import read_clapper
 from .errors import TransportError
 from .media import FRAME_RATE, Int16, UInt8
 from .room import connect
+from .waiting import within
 
 KEPT = 120.0
 """Seconds of sound that a viewer keeps."""
@@ -219,7 +220,7 @@ class Viewer:
         is what was sent."""
         delays: dict[str, float] = {}
         for kind, track in self._tracks.items():
-            for stat in await asyncio.wait_for(track.get_stats(), 5.0):
+            for stat in await within(track.get_stats(), 5.0):
                 if stat.WhichOneof("stats") != "inbound_rtp":
                     continue
                 inbound = stat.inbound_rtp.inbound

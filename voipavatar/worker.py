@@ -38,6 +38,7 @@ from .plugin import AGENT_NAME, IDENTITY
 from .rabbitmq import QueueFeed
 from .room import RoomOptions
 from .session import Session, Studio
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -495,7 +496,7 @@ class Worker:
                 logger.info("no agent came back")
                 return "idle"
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(session.closed.wait(), 0.25)
+                await within(session.closed.wait(), 0.25)
         return "asked" if session.failure is None else "failed"
 
     async def _ask_another(self, job: Any) -> None:

@@ -27,6 +27,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import metrics
+from ..waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ class _Body:
         end = time.monotonic() + _LINGER
         while not self.done and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(asyncio.TimeoutError):
-                message = await asyncio.wait_for(self._receive(), left)
+                message = await within(self._receive(), left)
                 self.done = message["type"] != "http.request" or not message.get("more_body", False)
 
 
