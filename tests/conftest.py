@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -119,6 +121,19 @@ def _teller(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
             print(f"\n{message} ({elapsed:.0f} s)", flush=True)
 
     return tell
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A thread that a failed test left behind would keep the interpreter from ending, for ever."""
+    main = threading.main_thread()
+    left = [one for one in threading.enumerate() if one is not main and not one.daemon]
+    if not left or hasattr(config, "workerinput"):
+        return
+    print(f"\nleft behind: {', '.join(one.name for one in left)}", flush=True)
+    session = config.pluginmanager.get_plugin("session")
+    failed = session.testsfailed if isinstance(session, pytest.Session) else 1
+    sys.stderr.flush()
+    os._exit(1 if failed else 3)
 
 
 # --- nothing is left behind -----------------------------------------------------------------------

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from livekit import api
 
 from voipavatar import bench
-from voipavatar.config import Persona, Settings
+from voipavatar.config import Persona, Settings, Video
 from voipavatar.errors import TransportError
 from voipavatar.livekit_server import LiveKitServer
 from voipavatar.media import FRAME_RATE, Frame, Int16, i420
-from voipavatar.room import RoomOptions, RoomSink
+from voipavatar.room import FIRST_RETRY, RoomOptions, RoomSink
 from voipavatar.session import Played, Session, Studio
 from voipavatar.viewer import Viewer
+
+from .scripted import Joined
 
 pytestmark = pytest.mark.server
 
@@ -284,6 +287,35 @@ async def test_comes_back_when_the_server_does(make_livekit: Any, studio: Studio
     await asyncio.wait_for(turn.finished, 5)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_leaves_quietly_when_another_takes_its_identity(
+    livekit: LiveKitServer, studio: Studio
+) -> None:
+    """Coming back would throw the other one out, and so on for ever."""
+    session = await studio.open(CLAPPER, room=options(livekit, "taken"))
+    async with Joined(livekit, "taken", "voipavatar") as other:
+        await asyncio.wait_for(session.closed.wait(), 10)
+        assert session.failure == "the avatar left the room: another participant took its identity"
+        await asyncio.sleep(4 * FIRST_RETRY)
+        assert other.isconnected()
+
+
+@pytest.mark.parametrize("codec", ["vp8", "h264", "vp9", "av1"])
+async def test_every_codec_is_seen(livekit: LiveKitServer, studio: Studio, codec: Any) -> None:
+    persona = CLAPPER.model_copy(update={"video": Video(codec=codec, bitrate=800_000)})
+    await studio.open(persona, room=options(livekit, codec))
+    async with viewer(livekit, codec) as seen:
+        await seen.wait(20)
+        end = time.monotonic() + 20
+        while len(seen.pictures) < 25:
+            assert time.monotonic() < end, "no picture can be seen"
+            await asyncio.sleep(0.05)
+        assert all(25 < picture.luma < 60 for picture in seen.pictures)
+        async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+            who = api.RoomParticipantIdentity(room=codec, identity="voipavatar")
+            tracks = (await lk.room.get_participant(who)).tracks
+        assert f"video/{codec}" in [track.mime_type.lower() for track in tracks]
 
 
 class _no_limit:

@@ -424,6 +424,25 @@ OWN = "default"
 """The name of a persona's own look."""
 
 
+class Video(_Strict):
+    """How the picture is coded for a room; what isn't given is decided elsewhere."""
+
+    codec: Literal["vp8", "h264", "vp9", "av1"] | None = Field(
+        default=None, description="vp8 unless given: every browser decodes it"
+    )
+    bitrate: int | None = Field(
+        default=None, ge=50_000, le=50_000_000, description="bits a second, at most; 2,500,000"
+    )
+    simulcast: bool | None = Field(
+        default=None,
+        description="smaller layers beside it, for viewers on slow lines; each costs coding time",
+    )
+
+    def over(self, below: Video) -> Video:
+        """This one, and of `below` what isn't given here."""
+        return Video(**(below.model_dump(exclude_none=True) | self.model_dump(exclude_none=True)))
+
+
 class Persona(_Strict):
     """Who the avatar is."""
 
@@ -447,6 +466,7 @@ class Persona(_Strict):
     width: int = Field(default=1280, ge=64, le=3840, multiple_of=2)
     height: int = Field(default=720, ge=64, le=2160, multiple_of=2)
     fps: int = Field(default=25, description="pictures a second; must divide 48,000")
+    video: Video = Field(default=Video(), description="how a room gets the picture")
     greeting: str = Field(default="", max_length=1000, description="said when a page opens")
     queue: str | None = Field(
         default=None,

@@ -34,11 +34,13 @@ from livekit.agents import (
     get_job_context,
 )
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
+from livekit.agents.utils import is_given
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
+from pydantic import ValidationError
 
 from .agentstream import ALIVE, DISPATCH, GESTURE, LEAVE, PERSONA, POSE, Mute
 from .captions import attach
-from .config import Persona, Settings, list_personas
+from .config import Persona, Settings, Video, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
 from .room import RoomOptions
@@ -101,6 +103,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         agent_name: NotGivenOr[str] = NOT_GIVEN,
         avatar_participant_identity: NotGivenOr[str] = NOT_GIVEN,
         avatar_participant_name: NotGivenOr[str] = NOT_GIVEN,
+        video_codec: NotGivenOr[str] = NOT_GIVEN,
+        video_bitrate: NotGivenOr[int] = NOT_GIVEN,
+        simulcast: NotGivenOr[bool] = NOT_GIVEN,
         join_timeout: NotGivenOr[float] = NOT_GIVEN,
         studio: NotGivenOr[OpensAvatars] = NOT_GIVEN,
         captions: bool = True,
@@ -116,6 +121,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             agent_name: The workers' name. VOIPAVATAR_AGENT_NAME.
             avatar_participant_identity: Who the avatar is in the room; "voipavatar".
             avatar_participant_name: How people call it; the persona's title.
+            video_codec: "vp8", "h264", "vp9" or "av1", in place of the persona's.
+                VOIPAVATAR_VIDEO_CODEC.
+            video_bitrate: Bits a second of the picture, at most, in place of the persona's.
+                VOIPAVATAR_VIDEO_BITRATE.
+            simulcast: Whether smaller layers are sent beside it, for viewers on slow lines, in
+                place of the persona's. VOIPAVATAR_SIMULCAST: true or false.
             join_timeout: Seconds in which it must be seen, 20 unless given. Speech waits for it
                 that long, and is voice-only afterwards.
             studio: A studio to share with other sessions of this loop (`local` only).
@@ -137,6 +148,11 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._agent_name = self._agent_name or AGENT_NAME
         self._identity = avatar_participant_identity or IDENTITY
         self._name = avatar_participant_name or ""
+        self._video = _video(
+            ("video_codec", "codec", video_codec),
+            ("video_bitrate", "bitrate", video_bitrate),
+            ("simulcast", "simulcast", simulcast),
+        )
         self._join_timeout = join_timeout if isinstance(join_timeout, (int, float)) else 20.0
         self._studio: OpensAvatars | None = studio or None
         self._own_studio: Studio | None = None
@@ -268,6 +284,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             name=self._name or _title(self._persona),
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: agent},
             ttl=TTL,
+            video=self._video,
             guests=(Mute(),),
         )
         self._avatar = await studio.open(self._persona, room=options)
@@ -299,6 +316,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         mark = self._request = uuid.uuid4().hex
         self._taken, self._failure = False, ""
         self._refusals.clear()
+        video = self._video.model_dump(exclude_none=True)
         metadata = json.dumps(
             {
                 "persona": str(self._persona),
@@ -306,6 +324,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 "identity": self._identity,
                 "name": self._name,
                 "request": mark,
+                **({"video": video} if video else {}),
             }
         )
         first = True
@@ -373,6 +392,16 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 api.RoomParticipantIdentity(room=room, identity=self._identity)
             )
         )
+
+    async def _assigned(self) -> bool:
+        """Whether the server has given the request to a worker, as far as it tells."""
+        if self._api is None or self._dispatch is None:
+            return False
+        try:
+            return await within(assigned(self._api, self._room_name, self._dispatch), 5.0)
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            logger.info("the server was not asked", extra={"error": type(error).__name__})
+            return False
 
     async def _asked_to_leave(self, room: rtc.Room) -> None:
         call = room.local_participant.perform_rpc(
@@ -446,7 +475,10 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             if not connected or self._taken or self._refusals:
                 asked = now
             elif now - asked > ANSWER:
-                await self._ask_again(agent)
+                # Taken back from a worker that has it, the room might go to nobody: it has said so
+                # by now, or is about to.
+                if not await self._assigned():
+                    await self._ask_again(agent)
                 asked = time.monotonic()
             await asyncio.sleep(0.02)
         self._trouble = (
@@ -719,6 +751,23 @@ def _given(argument: str, value: NotGivenOr[str]) -> str:
     return str(found)
 
 
+def _video(*given: tuple[str, str, NotGivenOr[Any]]) -> Video:
+    """Arguments, or the environment's in their place: name, the field it is for, value."""
+    chosen: dict[str, Any] = {}
+    for argument, field, value in given:
+        variable = f"VOIPAVATAR_{argument.upper()}"
+        found = value if is_given(value) else os.environ.get(variable) or None
+        if found is None:
+            continue
+        try:
+            chosen |= Video.model_validate({field: found}).model_dump(exclude_none=True)
+        except ValidationError as error:
+            raise VoipAvatarException(
+                f"{argument}={found!r} (or {variable}) can't be used: {error.errors()[0]['msg']}"
+            ) from None
+    return Video(**chosen)
+
+
 class _Silence:
     """Takes the track away that `AgentSession` publishes for its own voice.
 
@@ -762,6 +811,12 @@ class _Silence:
     def end(self) -> None:
         if self._name is not None:
             self._room.off("local_track_published", self._published)
+
+
+async def assigned(server: api.LiveKitAPI, room: str, dispatch: str) -> bool:
+    """Whether a worker has accepted the dispatch. TwirpError or aiohttp.ClientError."""
+    found = await server.agent_dispatch.get_dispatch(dispatch, room)
+    return found is not None and bool(found.state.jobs)
 
 
 def _place(room: rtc.Room) -> tuple[str, str]:

@@ -23,6 +23,7 @@ import numpy as np
 from livekit import api, rtc
 
 from . import metrics
+from .config import Video
 from .errors import ConfigError, TransportError
 from .media import FRAME_RATE, Frame, Int16, UInt8
 from .waiting import within
@@ -33,6 +34,8 @@ CUSHION = 0.03
 """Seconds of sound kept in the native queue: what a late tick may cost without being heard."""
 LONGEST = 0.5
 """Seconds of sound that may wait before the oldest is dropped."""
+CODEC, BITRATE = "vp8", 2_500_000
+"""What a picture is coded with, and in how many bits a second at most, unless told otherwise."""
 FIRST_RETRY, LAST_RETRY = 0.25, 5.0
 
 FINAL = {
@@ -77,10 +80,8 @@ class RoomOptions:
     identity: str = "voipavatar"
     name: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
-    bitrate: int = 2_500_000
-    """Bits a second of the picture, at most."""
-    codec: str = "vp8"
-    simulcast: bool = False
+    video: Video = Video()
+    """How the picture is coded; what isn't given here is the persona's."""
     timeout: float = 10.0
     """Seconds to join in."""
     ttl: float = 6 * 3600.0
@@ -318,12 +319,13 @@ class RoomSink:
         audio = rtc.LocalAudioTrack.create_audio_track("avatar_audio", self._audio)
         video = rtc.LocalVideoTrack.create_video_track("avatar_video", self._video)
         sound = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE, dtx=False)
+        coded = self.options.video
         picture = rtc.TrackPublishOptions(
             source=rtc.TrackSource.SOURCE_CAMERA,
-            simulcast=self.options.simulcast,
-            video_codec=getattr(rtc.VideoCodec, self.options.codec.upper()),
+            simulcast=bool(coded.simulcast),
+            video_codec=getattr(rtc.VideoCodec, (coded.codec or CODEC).upper()),
             video_encoding=rtc.VideoEncoding(
-                max_bitrate=self.options.bitrate, max_framerate=self._fps
+                max_bitrate=coded.bitrate or BITRATE, max_framerate=self._fps
             ),
         )
         await asyncio.gather(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -629,6 +630,8 @@ class Studio:
             raise StageError("the studio is closed")
         if isinstance(persona, str):
             persona = load_persona(persona, self.settings)
+        if room is not None:
+            room = dataclasses.replace(room, video=room.video.over(persona.video))
         name = id or uuid.uuid4().hex[:12]
         if name in self.sessions:
             raise ConfigError(f"there is a session {name!r} already")

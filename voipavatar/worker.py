@@ -24,17 +24,18 @@ from aiohttp import web
 from livekit import api, rtc
 from livekit.agents import AgentServer, JobContext, JobExecutorType, JobRequest
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
+from pydantic import ValidationError
 
 from . import metrics
 from .agentstream import DISPATCH, AgentStream
 from .bridge import FarStudio
-from .config import Persona, Settings, list_personas, load_persona
+from .config import Persona, Settings, Video, list_personas, load_persona
 from .conversation import Conversation, Place
 from .errors import CapacityError, ConfigError, VoipAvatarError
 from .feed import fed, options_for, queue_of
 from .follow import Follow
 from .parts import rehearse
-from .plugin import AGENT_NAME, IDENTITY
+from .plugin import AGENT_NAME, ANSWER, IDENTITY, assigned
 from .rabbitmq import QueueFeed
 from .room import RoomOptions
 from .session import Session, Studio
@@ -54,6 +55,8 @@ FAREWELL = 2.0
 FULL = 0.6
 """The load that a full worker reports. From 0.7 on (`agents.target_load`, pkg/agent/config.go of
 LiveKit's server) a request isn't even offered to it, and who asked would hear nothing."""
+ASKED = 3
+"""Times that another worker is asked for: a server that is busy drops a request in silence."""
 PROBE = 5.0
 """Seconds between two attempts to draw with an engine that is failing."""
 
@@ -73,6 +76,8 @@ class Order:
     """A RabbitMQ queue that the avatar speaks from as well; the persona's own when empty."""
     identity: str = IDENTITY
     name: str = ""
+    video: Video = Video()
+    """How the picture is coded; what isn't given is the persona's."""
     request: str = field(default="", compare=False)
 
     @classmethod
@@ -89,9 +94,17 @@ class Order:
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         if unknown := sorted(set(data) - set(known)):
             raise ConfigError(f"unknown in the dispatch's metadata: {', '.join(unknown)}")
-        if not all(isinstance(value, str) for value in known.values()):
-            raise ConfigError("everything in the dispatch's metadata must be a string")
         known = {name: value for name, value in known.items() if value}
+        video = known.pop("video", None)
+        if not all(isinstance(value, str) for value in known.values()):
+            raise ConfigError("everything in the dispatch's metadata but video must be a string")
+        if video is not None:
+            try:
+                known["video"] = Video.model_validate(video)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, ("video", *first["loc"])))
+                raise ConfigError(f"{where} in the dispatch's metadata: {first['msg']}") from None
         return cls(**known)
 
 
@@ -444,6 +457,7 @@ class Worker:
             name=order.name or persona.title,
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else {},
             ttl=TTL,
+            video=order.video,
             guests=(stream,) if follow is None else (stream, follow),
         )
         session = await studio.open(persona, room=options, id=job)
@@ -502,13 +516,23 @@ class Worker:
     async def _ask_another(self, job: Any) -> None:
         """For a room whose avatar nobody else would ask for again: one that speaks from a queue."""
         assert self._api is not None
+        room = str(job.room.name)
         wish = api.CreateAgentDispatchRequest(
-            agent_name=self.agent_name, room=job.room.name, metadata=job.metadata
+            agent_name=self.agent_name, room=room, metadata=job.metadata
         )
-        try:
-            await self._api.agent_dispatch.create_dispatch(wish)
-        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
-            logger.error("no other worker could be asked", extra={"error": type(error).__name__})
+        reason = "nobody has taken it"
+        for _ in range(ASKED):
+            try:
+                made = await self._api.agent_dispatch.create_dispatch(wish)
+                end = time.monotonic() + ANSWER
+                while time.monotonic() < end:
+                    if await assigned(self._api, room, made.id):
+                        return
+                    await asyncio.sleep(0.1)
+                await self._api.agent_dispatch.delete_dispatch(made.id, room)
+            except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+                reason = type(error).__name__
+        logger.error("no other worker has the room", extra={"reason": reason})
 
     # -- what others see ---------------------------------------------------------------------------
 

@@ -317,6 +317,7 @@ class _Routes:
             api_key=access.api_key,
             api_secret=access.api_secret,
             room=room,
+            video=wish.video,
             guests=(follow,) if follow is not None else (),
         )
         entry = await self._desk.open(persona, options, voices, id)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..config import Video
 from ..media import Mode
 
 Wait = Literal["no", "started", "finished"]
@@ -71,6 +72,9 @@ class Open(BaseModel):
         min_length=1,
         max_length=200,
         description="identity of a participant: the avatar says what its audio track says",
+    )
+    video: Video = Field(
+        default=Video(), description="how the picture is coded; what isn't given is the persona's"
     )
 
     model_config = ConfigDict(
