@@ -30,6 +30,7 @@ from voipavatar.agentstream import (
 from voipavatar.config import Persona, Settings
 from voipavatar.errors import InputError
 from voipavatar.livekit_server import LiveKitServer
+from voipavatar.mouthpiece import Wire, unanswer
 from voipavatar.room import RoomOptions
 from voipavatar.session import Session, Studio
 
@@ -370,3 +371,41 @@ async def test_the_agents_state_poses_the_face(livekit: LiveKitServer) -> None:
             await guest.local_participant.set_attributes({POSE: "listening"})
             await asyncio.sleep(0.3)
             assert told[-1] == "nod", "whoever else is there is no agent"
+
+
+@pytest.mark.server
+async def test_what_it_answers_is_taken_back_when_it_leaves(livekit: LiveKitServer) -> None:
+    """The native library keeps a whole connection for a method that is not."""
+
+    async def persona(name: str) -> None: ...
+
+    async def leave() -> None: ...
+
+    stream = AgentStream(on_persona=persona, on_leave=leave, on_gesture=lambda name: None)
+    async with Joined(livekit, f"left-{uuid.uuid4().hex[:6]}", AVATAR) as room:
+        methods = room.local_participant._rpc_handlers
+        stream.entering(room)
+        stream.entered(room)
+        assert len(methods) == 5
+        stream.left()
+        assert not methods
+    await stream.aclose()
+
+
+@pytest.mark.server
+async def test_the_last_wire_gives_the_reports_back(livekit: LiveKitServer) -> None:
+    """To whoever had them before."""
+    async with Joined(livekit, f"wires-{uuid.uuid4().hex[:6]}") as room:
+        methods = room.local_participant._rpc_handlers
+        for before in (False, True):
+            if before:
+                _collect(room, [])
+            were = dict(methods)
+            wires = [Wire(room, "one"), Wire(room, "two")]
+            mine = dict(methods)
+            await wires[0].aclose()
+            unanswer(room)
+            assert methods == mine != were, "the other avatar still reports"
+            await wires[1].aclose()
+            unanswer(room)
+            assert methods == were

@@ -505,7 +505,28 @@ def _answer(room: rtc.Room, method: str) -> None:
         return before(call) if before is not None else "reject"
 
     answer.voipavatar = True  # type: ignore[attr-defined]
+    answer.before = before  # type: ignore[attr-defined]
     room.local_participant.register_rpc_method(method, answer)
+
+
+def unanswer(room: rtc.Room) -> None:
+    """Take the answers to reports back, once the room has no wire any more.
+
+    The native library's room holds a method, and the method the room: one that is never taken back
+    keeps the whole connection in memory, half a megabyte each, also after it has ended.
+    """
+    if any(number == id(room) for number, _ in Wire._wires):
+        return
+    me = room.local_participant
+    for method in (PLAYBACK_STARTED, PLAYBACK_FINISHED):
+        answer = getattr(me, "_rpc_handlers", {}).get(method)
+        if not getattr(answer, "voipavatar", False):
+            continue  # somebody else's by now
+        before = getattr(answer, "before", None)
+        if before is not None:
+            me.register_rpc_method(method, before)
+        else:
+            me.unregister_rpc_method(method)
 
 
 # --- no avatar ------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from .agentstream import ALIVE, DISPATCH, GESTURE, LEAVE, PERSONA, POSE, Mute
 from .captions import attach
 from .config import Persona, Settings, Video, list_personas
 from .errors import ConfigError, VoipAvatarError
-from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire
+from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire, unanswer
 from .room import RoomOptions
 from .session import Studio
 from .waiting import within
@@ -164,6 +164,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._voice: VoiceOnly | None = None
         self._avatar: Any = None  # the local session
         self._wire: Wire | None = None
+        self._wired = False
         self._api: api.LiveKitAPI | None = None
         self._dispatch: str | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -491,6 +492,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
     async def _joined(self, room: rtc.Room) -> None:
         assert self._mouthpiece is not None and self._voice is not None
         self._wire = Wire(room, self._identity)
+        self._wired = True
         self._mouthpiece.use(self._wire)
         self._here.set()
         self.emit("avatar_joined")
@@ -719,6 +721,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             room.off("data_received", self._answered)
             if room.isconnected():
                 await self._unask(self._room_name, GOODBYE)
+        if room is not None and self._wired:
+            unanswer(room)  # not sooner: an avatar that leaves still reports
         if self._avatar is not None:
             await self._avatar.aclose()
         if self._own_studio is not None:
