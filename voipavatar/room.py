@@ -328,10 +328,10 @@ class RoomSink:
                 max_bitrate=coded.bitrate or BITRATE, max_framerate=self._fps
             ),
         )
-        await asyncio.gather(
-            room.local_participant.publish_track(audio, sound),
-            room.local_participant.publish_track(video, picture),
-        )
+        # One after the other: side by side, one time in five the picture's codec is not kept to and
+        # VP8 is sent. Sound first: whoever sees the avatar can hear it.
+        await room.local_participant.publish_track(audio, sound)
+        await room.local_participant.publish_track(video, picture)
 
     async def _keep(self) -> None:
         """Come back whenever the connection is lost for good, until closed or told not to."""
