@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
 import pytest
 
 from voipavatar.config import Settings
@@ -34,3 +40,33 @@ async def test_ours_keeps_the_contract_and_the_runner_stands_beside_it(
     assert head.endswith("| voipavatar | livekit |") and len(rows) >= 20
     with pytest.raises(ConfigError, match="--room"):
         await run(Settings.from_env({}), "somebody", server=livekit)
+
+
+@pytest.mark.server
+async def test_one_signal_ends_it(livekit: LiveKitServer) -> None:
+    """And the process that hosts the avatar with it: the fixtures see to that."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "voipavatar", "conformance", "--avatar", "voipavatar",
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "LIVEKIT_URL": livekit.url,
+            "LIVEKIT_API_KEY": livekit.api_key,
+            "LIVEKIT_API_SECRET": livekit.api_secret,
+        },
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stderr is not None
+    try:
+        line = b""
+        while b"voipavatar: " not in line:
+            line = await asyncio.wait_for(child.stderr.readline(), 60)
+            assert line, "it ended by itself"
+        await asyncio.sleep(3.0)  # into the midst of it
+        child.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(child.communicate(), 15)
+        assert child.returncode == 130
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()

@@ -518,6 +518,10 @@ async def test_a_bad_agent_fails_at_the_start(livekit: LiveKitServer, tmp_path: 
     with pytest.raises(ConfigError, match="give a --persona with an agent section"):
         async with working(livekit, tmp_path, "clapper", every_room=True):
             pass
+    file.write_text(file.read_text() + "queue: news\n")
+    with pytest.raises(ConfigError, match="'talker' holds a conversation .* queue 'news' too"):
+        async with working(livekit, tmp_path, "talker"):
+            pass
 
 
 def test_the_example_is_a_persona(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,6 +254,12 @@ class Worker:
         """Make its agent once, so that a mistake is told now. ConfigError when it can't be."""
         if persona.agent is None:
             return
+        if persona.queue is not None:
+            raise ConfigError(
+                f"persona {persona.name!r} holds a conversation (agent) and would speak from the "
+                f"queue {persona.queue!r} too: a worker does one of both. Remove one of them, or "
+                'ask for its face alone with {"queue": ...} in a dispatch'
+            )
         key = repr((persona.path, persona.agent, persona.voice))
         if key not in self._rehearsed:
             await rehearse(persona, self.settings)
