@@ -32,7 +32,7 @@ from voipavatar.parts import Parts, build, rehearse
 from voipavatar.viewer import Viewer
 from voipavatar.worker import Order, Worker
 
-from . import hearing, standins
+from . import hearing, realtime, standins
 from .scripted import Joined, tone
 
 server = pytest.mark.server
@@ -448,6 +448,60 @@ async def test_a_conversation_without_a_line_of_python(
             assert not rooms, "the room stayed behind"
     assert "hush" not in caplog.text
     assert "failed to emit" not in caplog.text, "something of the avatar could not be called"
+
+
+@server
+async def test_a_speech_to_speech_model_has_the_face(
+    livekit: LiveKitServer, tmp_path: Path
+) -> None:
+    """It greets, answers what is typed, and is cut short by its own ear."""
+    write(
+        tmp_path,
+        "instructions: x\ngreeting: {instructions: Greet.}\nstay: 1\n"
+        "realtime: {use: tests.realtime.Speaking, options: {seconds: 1.5}}\n"
+        "session: {aec_warmup_duration: 0}",
+    )
+    room = f"realtime-{uuid.uuid4().hex[:6]}"
+    async with working(livekit, tmp_path, "talker") as worker:
+        await dispatched(livekit, worker, room)
+        seen = viewer(livekit, room)
+        async with contextlib.AsyncExitStack() as there:
+            user = await there.enter_async_context(User(livekit, room))
+            await until(lambda: "word" in user.captions(), why="no greeting")
+            await there.enter_async_context(seen)
+            await seen.wait()
+            [model] = realtime.Speaking.made[-1:]
+            [session] = model.sessions
+            agent = user.room.remote_participants["voipavatar-agent"]
+            await until(lambda: agent.attributes["lk.agent.state"] != "speaking")
+            assert not agent.track_publications, "two voices"
+            # How long it is heard: by the picture, which is white while it speaks.
+            count = len(seen.flashes())
+            await user.type("please go on")
+            await until(lambda: session.replies == 2, why="what is typed is not answered")
+            await until(lambda: len(seen.flashes()) > count, why="it was not seen to speak")
+            begin, end = seen.flashes()[-1]
+            assert end - begin == pytest.approx(1.5, abs=0.3)
+            assert not session.truncated
+
+            model.seconds = 6.0
+            await user.type("and at length")
+            await until(lambda: agent.attributes["lk.agent.state"] == "speaking")
+            speaking = time.monotonic()
+            await asyncio.sleep(1.5)
+            count = len(seen.flashes())
+            session.loop.call_soon_threadsafe(session.user_begins)
+            await until(lambda: len(session.truncated) > 0, 3, "it was not cut short")
+            took = time.monotonic() - speaking
+            await until(lambda: len(seen.flashes()) > count, 3, "it spoke on")
+            print(f"cut {session.truncated[0]} ms into it, {took:.2f} s after it began")
+            assert session.truncated[0] / 1000 == pytest.approx(took, abs=0.5)
+
+            model.seconds = 0.5
+            count = len(seen.flashes())
+            await user.type("once more")
+            await until(lambda: len(seen.flashes()) > count, why="it is silent since then")
+        await until(lambda: not worker.health()["taken"], 20, "the conversation did not end")
 
 
 @server

@@ -34,6 +34,7 @@ from voipavatar.session import ENGINES
 from voipavatar.viewer import Viewer
 from voipavatar.worker import Order, Worker, _measure
 
+from .realtime import Speaking
 from .scripted import Joined, Plain, agent_session, said
 
 ROOT = Path(__file__).parent.parent
@@ -469,6 +470,49 @@ async def test_an_agent_that_was_started_anew_has_the_avatar(livekit: LiveKitSer
         finally:
             await first.aclose()
             await killed.aclose()
+
+
+@server
+async def test_a_speech_to_speech_model_speaks_through_it(livekit: LiveKitServer) -> None:
+    name, place = unique("realtime"), unique("room")
+    model = Speaking(1.0)
+    async with (
+        working(livekit, name),
+        Joined(livekit, place) as room,
+        AgentSession[Any](llm=model) as session,
+    ):
+        avatar = AvatarSession(persona="clapper", agent_name=name)
+        try:
+            await avatar.start(session, room, **keys(livekit))
+            await session.start(Plain(), room=room, record=False)
+            await avatar.wait_for_join(timeout=20)
+            handle = session.generate_reply()
+            await asyncio.wait_for(handle.wait_for_playout(), 10)
+            [conversing] = model.sessions
+            assert not handle.interrupted and not conversing.truncated
+            model.seconds = 5.0
+            begun = asyncio.Event()
+            session.on(
+                "agent_state_changed",
+                lambda event: begun.set() if event.new_state == "speaking" else None,
+            )
+            handle = session.generate_reply()
+            await asyncio.wait_for(begun.wait(), 10)
+            began = time.monotonic()
+            await asyncio.sleep(1.0)
+            await asyncio.wait_for(session.interrupt(), 1.5)
+            took = time.monotonic() - began
+            await asyncio.wait_for(handle.wait_for_playout(), 5)
+            assert handle.interrupted
+            assert conversing.truncated[0] / 1000 == pytest.approx(took, abs=0.4)
+            print(f"cut {conversing.truncated[0]} ms into it, {took:.2f} s after it began")
+            model.seconds = 0.5
+            handle = session.generate_reply()
+            await asyncio.wait_for(handle.wait_for_playout(), 10)
+            assert not handle.interrupted and avatar.joined and not avatar.lost
+        finally:
+            await session.aclose()
+            await avatar.aclose()
 
 
 @server
