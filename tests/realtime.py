@@ -53,6 +53,8 @@ class Conversing(llm.RealtimeSession[Any]):
         self.replies = 0
         self.heard = 0.0
         """Seconds of sound that came from the user."""
+        self.saw = 0, 0
+        """Size of the user's last picture."""
         self.truncated: list[int] = []
         """Milliseconds at which messages were cut."""
         self.loop = asyncio.get_running_loop()
@@ -91,7 +93,8 @@ class Conversing(llm.RealtimeSession[Any]):
     def push_audio(self, frame: rtc.AudioFrame) -> None:
         self.heard += frame.duration
 
-    def push_video(self, frame: rtc.VideoFrame) -> None: ...
+    def push_video(self, frame: rtc.VideoFrame) -> None:
+        self.saw = frame.width, frame.height
 
     def generate_reply(
         self, *, instructions: Any = NOT_GIVEN, tool_choice: Any = NOT_GIVEN, tools: Any = NOT_GIVEN

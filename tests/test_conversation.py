@@ -282,10 +282,9 @@ async def working(
         livekit_api_secret=livekit.api_secret,
         persona_dirs=(folder,),
     )
-    options: dict[str, Any] = {"agent_name": f"w-{uuid.uuid4().hex[:6]}", "capacity": 1, **more}
-    worker = Worker(
-        settings, personas=personas, drain=10.0, ready=lambda url: there.set(), **options
-    )
+    name = f"w-{uuid.uuid4().hex[:6]}"
+    options: dict[str, Any] = {"agent_name": name, "capacity": 1, "drain": 10.0, **more}
+    worker = Worker(settings, personas=personas, ready=lambda url: there.set(), **options)
     task = asyncio.create_task(worker.run())
     waiting = asyncio.ensure_future(there.wait())
     try:
@@ -448,6 +447,71 @@ async def test_a_conversation_without_a_line_of_python(
             assert not rooms, "the room stayed behind"
     assert "hush" not in caplog.text
     assert "failed to emit" not in caplog.text, "something of the avatar could not be called"
+
+
+@server
+async def test_it_talks_on_without_its_face_and_ends_with_the_worker(
+    livekit: LiveKitServer, tmp_path: Path
+) -> None:
+    """Somebody throws the avatar out; later the time to drain is over while somebody is there."""
+    write(
+        tmp_path,
+        "instructions: x\ngreeting: hello\nstay: 30\n"
+        "llm: {use: tests.hearing.Script, options: {lines: [still here]}}",
+    )
+    room = f"faceless-{uuid.uuid4().hex[:6]}"
+    async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+        async with User(livekit, room) as user:
+            async with working(livekit, tmp_path, "talker", drain=1.0) as worker:
+                await dispatched(livekit, worker, room)
+                await until(lambda: "hello" in user.captions(), why="no greeting")
+                agent = user.room.remote_participants["voipavatar-agent"]
+                assert not agent.track_publications
+                await until(lambda: agent.attributes["lk.agent.state"] != "speaking")
+                await lk.room.remove_participant(
+                    api.RoomParticipantIdentity(room=room, identity="voipavatar")
+                )
+                await until(lambda: "voipavatar" not in user.room.remote_participants, 5)
+                await user.type("are you there")
+                await until(lambda: "still here" in user.captions(), why="it fell silent")
+                [sound] = agent.track_publications.values()
+                assert sound.kind == rtc.TrackKind.KIND_AUDIO, "its own voice"
+                begin = time.monotonic()
+            took = time.monotonic() - begin
+            print(f"ended {took:.1f} s after the worker was told to, 1.0 s of which were its drain")
+            assert took < 10
+            await until(lambda: not user.room.remote_participants, 5, "somebody stayed behind")
+
+
+@server
+async def test_a_model_that_may_see_gets_the_users_picture(
+    livekit: LiveKitServer, tmp_path: Path
+) -> None:
+    write(
+        tmp_path,
+        "instructions: x\nvision: true\nstay: 1\n"
+        "realtime: {use: tests.realtime.Speaking, options: {seconds: 0.5}}",
+    )
+    room = f"vision-{uuid.uuid4().hex[:6]}"
+    async with working(livekit, tmp_path, "talker") as worker:
+        await dispatched(livekit, worker, room)
+        async with User(livekit, room) as user:
+            camera = rtc.VideoSource(320, 192)
+            track = rtc.LocalVideoTrack.create_video_track("camera", camera)
+            await user.room.local_participant.publish_track(
+                track, rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_CAMERA)
+            )
+            picture = bytearray(320 * 192 * 3 // 2)
+            end = time.monotonic() + 20
+            while not any(one.saw[0] for one in realtime.Speaking.made[-1].sessions):
+                assert time.monotonic() < end, "it saw nothing"
+                frame = rtc.VideoFrame(320, 192, rtc.VideoBufferType.I420, picture)
+                camera.capture_frame(frame)
+                await asyncio.sleep(0.1)
+            # The face of its own is no user's picture.
+            assert realtime.Speaking.made[-1].sessions[-1].saw == (320, 192)
+            await camera.aclose()
+        await until(lambda: not worker.health()["taken"], 20, "the conversation did not end")
 
 
 @server
