@@ -39,9 +39,9 @@ CODEC, BITRATE = "vp8", 2_500_000
 """What a picture is coded with, and in how many bits a second at most, unless told otherwise."""
 FIRST_RETRY, LAST_RETRY = 0.25, 5.0
 
-# Runs after rtc has put its native side down, since that asks for it later: a native thread that is
-# just calling Python must get through before the interpreter is gone, or it ends the process with an
-# abort. Seen once in a dozen ends.
+# Runs after rtc has put its native side down, which registers later: a native thread that is just
+# calling Python must get through before the interpreter is gone, or it aborts the process. Seen once
+# in a dozen ends.
 atexit.register(time.sleep, 0.1)
 
 FINAL = {
