@@ -179,7 +179,7 @@ async def sync(
     `seen_*` is what the viewer sees and hears. `source_*` is what was sent: less what the viewer's
     own jitter buffers add, by WebRTC's statistics of the same second (exact to about 10 ms), and
     `steady_*` are running medians of five of that, which no single late wake-up moves.
-    `source_drift` is the median of the last tenth less that of the first. With `stall_after` the
+    `steady_within_40` is how many of a hundred are within 40 ms of sync. `source_drift` is the median of the last tenth less that of the first. With `stall_after` the
     event loop is held for one second then, and `after_stall_*` tells the offsets at the source
     from two seconds after it on.
     """
@@ -198,12 +198,14 @@ async def sync(
     if not measured.seen:
         raise VoipAvatarError("the viewer saw no flash and heard no beep: is the machine too busy?")
     source = [value for _, value in measured.source()]
+    steady = _smooth(source)
     found: dict[str, Any] = machine() | {
         "minutes": minutes,
         "beeps": len(measured.seen),
         **_spread("seen", [value for _, value in measured.seen]),
         **_spread("source", source),
-        **_spread("steady", _smooth(source)),
+        **_spread("steady", steady),
+        "steady_within_40": round(100 * float(np.mean(np.abs(steady) <= 0.04)), 2),
         "source_drift": _drift(source),
         **summary("gap", measured.gaps),
         "underruns": status["room"]["underruns"],

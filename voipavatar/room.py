@@ -40,8 +40,8 @@ CODEC, BITRATE = "vp8", 2_500_000
 FIRST_RETRY, LAST_RETRY = 0.25, 5.0
 
 # Runs after rtc has put its native side down, which registers later: a native thread that is just
-# calling Python must get through before the interpreter is gone, or it aborts the process. Seen once
-# in a dozen ends.
+# calling Python must get through before the interpreter is gone, or it aborts the process. It was
+# seen once in a dozen ends.
 atexit.register(time.sleep, 0.1)
 
 FINAL = {
