@@ -18,6 +18,7 @@ LAYERS = {
     "version": 0,
     "errors": 0,
     "metrics": 0,
+    "waiting": 0,
     "media": 1,
     "config": 2,
     "avatar": 2,
@@ -93,6 +94,7 @@ LAYERS = {
 
 SIDEWAYS = {
     ("avatar", "config"),
+    ("room", "config"),
     ("speech", "config"),
     ("facemesh", "facemodels"),
     ("rabbitmq", "config"),

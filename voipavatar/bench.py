@@ -179,9 +179,9 @@ async def sync(
     `seen_*` is what the viewer sees and hears. `source_*` is what was sent: less what the viewer's
     own jitter buffers add, by WebRTC's statistics of the same second (exact to about 10 ms), and
     `steady_*` are running medians of five of that, which no single late wake-up moves.
-    `steady_within_40` is how many of a hundred are within 40 ms of sync. `source_drift` is the median of the last tenth less that of the first. With `stall_after` the
-    event loop is held for one second then, and `after_stall_*` tells the offsets at the source
-    from two seconds after it on.
+    `steady_within_40` is how many of a hundred are within 40 ms of sync, `source_drift` the median
+    of the last tenth less that of the first. With `stall_after` the event loop is held for one
+    second then, and `after_stall_*` tells the offsets at the source from two seconds after it on.
     """
     async with _Server(settings, server, tell) as access:
         tell(f"measuring for {minutes:g} min")
