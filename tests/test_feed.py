@@ -141,8 +141,11 @@ async def test_serve_speaks_from_its_queues_and_says_how_they_are(
             assert "guest:guest" not in json.dumps(told)
             numbers = await (await http.get(f"{base}/metrics")).text()
             assert 'voipavatar_messages_total{outcome="finished"} 2.0' in numbers
-        async with aiohttp.ClientSession() as stranger:
-            assert (await stranger.get(f"{base}/queues")).status == 401
+        async with (
+            aiohttp.ClientSession() as stranger,
+            stranger.get(f"{base}/queues") as refused,  # unread, it would be open until collected
+        ):
+            assert refused.status == 401
         # The example of the documents, word by word, with nothing but a shell and curl.
         process = await asyncio.create_subprocess_exec(
             "sh", "examples/producer.sh", 'He said "go\\on"; it\'s $HOME.', cwd=ROOT,
