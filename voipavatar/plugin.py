@@ -378,11 +378,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         """
         if self._api is None:
             return
-        dispatch, self._dispatch = self._dispatch, None
+        dispatch = self._dispatch
         if patience and self._room is not None and _seen(self._room, self._identity):
             await self._asked_to_leave(self._room)
         if dispatch is not None:
             await self._cleaned(self._api.agent_dispatch.delete_dispatch(dispatch, room))
+            self._dispatch = None  # not sooner: who is cancelled in between leaves it to the next
             end = time.monotonic() + patience
             while time.monotonic() < end and self._room is not None:
                 if self._identity not in self._room.remote_participants:
