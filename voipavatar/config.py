@@ -572,6 +572,12 @@ class Persona(_Strict):
         return found
 
 
+def first_mistake(error: ValidationError) -> tuple[str, str]:
+    """Where and what, without what was written there: it may be a secret."""
+    [first, *_] = error.errors(include_input=False, include_url=False)
+    return ".".join(map(str, first["loc"])), str(first["msg"])
+
+
 def persona_schema() -> dict[str, Any]:
     """JSON schema of a persona's YAML, for editors."""
     schema = Persona.model_json_schema()

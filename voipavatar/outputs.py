@@ -22,7 +22,7 @@ from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from .broadcast import AvSink
-from .config import Persona, Settings, resolve
+from .config import Persona, Settings, first_mistake, resolve
 from .egress import EgressOutputs, EgressPlan, webhook
 from .encoder import PRESETS, Programme, programme, re_colour
 from .errors import ConfigError, InputError, StageError, TransportError, VoipAvatarError
@@ -328,11 +328,8 @@ def persona_wishes(persona: Persona) -> list[OutputWish]:
         try:
             wishes.append(OutputWish.model_validate(resolve(entry)))
         except ValidationError as error:
-            [first, *_] = error.errors(include_input=False)  # the input may hold a key
-            where = ".".join(map(str, first["loc"]))
-            raise ConfigError(
-                f"persona {persona.name}: outputs.{number}.{where}: {first['msg']}"
-            ) from None
+            where, what = first_mistake(error)
+            raise ConfigError(f"persona {persona.name}: outputs.{number}.{where}: {what}") from None
     return wishes
 
 
