@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from . import metrics
 from .agentstream import DISPATCH, AgentStream
 from .bridge import FarStudio
-from .config import Persona, Settings, Video, list_personas, load_persona
+from .config import Persona, Settings, Video, first_mistake, list_personas, load_persona
 from .conversation import Conversation, Place
 from .errors import CapacityError, ConfigError, VoipAvatarError
 from .feed import fed, options_for, queue_of
@@ -94,18 +94,16 @@ class Order:
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         if unknown := sorted(set(data) - set(known)):
             raise ConfigError(f"unknown in the dispatch's metadata: {', '.join(unknown)}")
-        known = {name: value for name, value in known.items() if value}
-        video = known.pop("video", None)
+        video = known.pop("video", {})
         if not all(isinstance(value, str) for value in known.values()):
             raise ConfigError("everything in the dispatch's metadata but video must be a string")
-        if video is not None:
-            try:
-                known["video"] = Video.model_validate(video)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(map(str, ("video", *first["loc"])))
-                raise ConfigError(f"{where} in the dispatch's metadata: {first['msg']}") from None
-        return cls(**known)
+        known = {name: value for name, value in known.items() if value}
+        try:
+            return cls(**known, video=Video.model_validate(video))
+        except ValidationError as error:
+            where, what = first_mistake(error)
+            place = f"video.{where}" if where else "video"
+            raise ConfigError(f"{place} in the dispatch's metadata: {what}") from None
 
 
 class Worker:
@@ -527,8 +525,8 @@ class Worker:
             agent_name=self.agent_name, room=room, metadata=job.metadata
         )
         reason = "nobody has taken it"
-        for _ in range(ASKED):
-            try:
+        try:  # around all of it: asking anew while a request may stand would bring two
+            for _ in range(ASKED):
                 made = await self._api.agent_dispatch.create_dispatch(wish)
                 end = time.monotonic() + ANSWER
                 while time.monotonic() < end:
@@ -536,8 +534,8 @@ class Worker:
                         return
                     await asyncio.sleep(0.1)
                 await self._api.agent_dispatch.delete_dispatch(made.id, room)
-            except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
-                reason = type(error).__name__
+        except (api.TwirpError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            reason = type(error).__name__
         logger.error("no other worker has the room", extra={"reason": reason})
 
     # -- what others see ---------------------------------------------------------------------------
