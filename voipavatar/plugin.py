@@ -40,7 +40,7 @@ from pydantic import ValidationError
 
 from .agentstream import ALIVE, DISPATCH, GESTURE, LEAVE, PERSONA, POSE, Mute
 from .captions import attach
-from .config import Persona, Settings, Video, list_personas
+from .config import Persona, Settings, Video, first_mistake, list_personas
 from .errors import ConfigError, VoipAvatarError
 from .mouthpiece import Direct, Mouthpiece, VoiceOnly, Wire, unanswer
 from .room import RoomOptions
@@ -405,12 +405,18 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             logger.info("the server was not asked", extra={"error": type(error).__name__})
             return False
 
-    async def _asked_to_leave(self, room: rtc.Room) -> None:
-        call = room.local_participant.perform_rpc(
-            destination_identity=self._identity, method=LEAVE, payload="", response_timeout=1.0
+    async def _call(self, room: rtc.Room, method: str, payload: str, seconds: float) -> None:
+        """Ask the avatar itself. rtc.RpcError when it refuses, is not there or too slow."""
+        await room.local_participant.perform_rpc(
+            destination_identity=self._identity,
+            method=method,
+            payload=payload,
+            response_timeout=seconds,
         )
+
+    async def _asked_to_leave(self, room: rtc.Room) -> None:
         try:
-            await within(call, 1.5)
+            await within(self._call(room, LEAVE, "", 1.0), 1.5)
         except (rtc.RpcError, asyncio.TimeoutError) as error:
             logger.info("the avatar was not asked to leave", extra={"error": type(error).__name__})
 
@@ -538,12 +544,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 await asyncio.sleep(0.1)
 
     async def _beats(self, room: rtc.Room) -> bool:
-        call = room.local_participant.perform_rpc(
-            destination_identity=self._identity, method=ALIVE, payload="", response_timeout=2.0
-        )
         try:
             # Of its own accord the call waits for an acknowledgement several times as long.
-            await within(call, 2.0)
+            await within(self._call(room, ALIVE, "", 2.0), 2.0)
         except asyncio.TimeoutError:
             return False
         except rtc.RpcError as error:
@@ -583,12 +586,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             raise VoipAvatarException("mode=dispatch takes a persona by name: the worker loads it")
         else:
             try:
-                await self._room.local_participant.perform_rpc(
-                    destination_identity=self._identity,
-                    method=PERSONA,
-                    payload=persona,
-                    response_timeout=30.0,
-                )
+                await self._call(self._room, PERSONA, persona, 30.0)
             except rtc.RpcError as error:
                 raise VoipAvatarException(f"the persona was not changed: {error.message}") from None
         self._persona = persona  # what a new worker is asked for, should this one be lost
@@ -606,12 +604,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             if self._mode == "local":
                 self._avatar.gesture(name)
                 return
-            await self._room.local_participant.perform_rpc(
-                destination_identity=self._identity,
-                method=GESTURE,
-                payload=name,
-                response_timeout=5.0,
-            )
+            await self._call(self._room, GESTURE, name, 5.0)
         except rtc.RpcError as error:
             raise VoipAvatarException(f"there was no gesture: {error.message}") from None
         except VoipAvatarError as error:
@@ -767,8 +760,9 @@ def _video(*given: tuple[str, str, NotGivenOr[Any]]) -> Video:
         try:
             chosen |= Video.model_validate({field: found}).model_dump(exclude_none=True)
         except ValidationError as error:
+            _, what = first_mistake(error)
             raise VoipAvatarException(
-                f"{argument}={found!r} (or {variable}) can't be used: {error.errors()[0]['msg']}"
+                f"{argument}={found!r} (or {variable}) can't be used: {what}"
             ) from None
     return Video(**chosen)
 
