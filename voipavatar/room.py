@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import logging
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -38,11 +39,6 @@ LONGEST = 0.5
 CODEC, BITRATE = "vp8", 2_500_000
 """What a picture is coded with, and in how many bits a second at most, unless told otherwise."""
 FIRST_RETRY, LAST_RETRY = 0.25, 5.0
-
-# Runs after rtc has put its native side down, which registers later: a native thread that is just
-# calling Python must get through before the interpreter is gone, or it aborts the process. It was
-# seen once in a dozen ends.
-atexit.register(time.sleep, 0.1)
 
 FINAL = {
     rtc.DisconnectReason.DUPLICATE_IDENTITY: "another participant took its identity",
@@ -391,6 +387,7 @@ async def connect(room: rtc.Room, url: str, token: str, options: rtc.RoomOptions
     The native library ends the process when a connect is given up between its answer and the
     client's "ready" for it, so the connect is let go on to its own end and then undone.
     """
+    _connected.set()
     work = asyncio.ensure_future(room.connect(url, token, options))
     try:
         await asyncio.shield(work)
@@ -399,6 +396,20 @@ async def connect(room: rtc.Room, url: str, token: str, options: rtc.RoomOptions
         if work.done() and not work.cancelled() and work.exception() is None:
             await room.disconnect()
         raise
+
+
+_connected = threading.Event()
+
+
+@atexit.register
+def _let_through() -> None:
+    """Runs after rtc has put its native side down, which registers later.
+
+    A native thread that is just calling Python must get through before the interpreter is gone, or
+    it aborts the process. It was seen once in a dozen ends.
+    """
+    if _connected.is_set():
+        time.sleep(0.1)
 
 
 def _reason(error: BaseException) -> str:
