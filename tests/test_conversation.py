@@ -34,6 +34,7 @@ from voipavatar.worker import Order, Worker
 
 from . import hearing, realtime, standins
 from .scripted import Joined, tone
+from .workers import registered, settings_of
 
 server = pytest.mark.server
 
@@ -274,30 +275,11 @@ def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
 async def working(
     livekit: LiveKitServer, folder: Path, *personas: str, **more: Any
 ) -> AsyncIterator[Worker]:
-    there = asyncio.Event()
-    settings = dataclasses.replace(
-        Settings.from_env({}),
-        livekit_url=livekit.url,
-        livekit_api_key=livekit.api_key,
-        livekit_api_secret=livekit.api_secret,
-        persona_dirs=(folder,),
-    )
     name = f"w-{uuid.uuid4().hex[:6]}"
     options: dict[str, Any] = {"agent_name": name, "capacity": 1, "drain": 10.0, **more}
-    worker = Worker(settings, personas=personas, ready=lambda url: there.set(), **options)
-    task = asyncio.create_task(worker.run())
-    waiting = asyncio.ensure_future(there.wait())
-    try:
-        await asyncio.wait([waiting, task], timeout=60, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-        assert there.is_set(), "the worker did not register"
+    settings = settings_of(livekit, folder)
+    async with registered(settings, personas=personas, **options) as (worker, _):
         yield worker
-    finally:
-        waiting.cancel()
-        task.cancel()
-        await asyncio.wait([task], timeout=30)
-        assert task.done()
 
 
 class User(Joined):

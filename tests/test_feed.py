@@ -25,11 +25,11 @@ from voipavatar.feed import fed_personas, queue_of
 from voipavatar.livekit_server import LiveKitServer
 from voipavatar.rabbitmq import QueueOptions
 from voipavatar.viewer import Viewer
-from voipavatar.worker import Worker
 
 from .queues import Client, audio
 from .scripted import Joined
 from .servers import RabbitMQ
+from .workers import registered
 
 pytestmark = [pytest.mark.server]
 
@@ -172,23 +172,10 @@ async def test_serve_speaks_from_its_queues_and_says_how_they_are(
 
 @contextlib.asynccontextmanager
 async def working(settings: Settings, name: str, **more: Any) -> AsyncIterator[asyncio.Task[None]]:
-    there = asyncio.Event()
     chosen: dict[str, Any] = {"capacity": 1, "drain": 20.0, "personas": ("clapper",), **more}
-    worker = Worker(settings, agent_name=name, ready=lambda url: there.set(), **chosen)
-    task = asyncio.create_task(worker.run(), name="a-worker")
-    waiting = asyncio.ensure_future(there.wait())
-    try:
-        await asyncio.wait([waiting, task], timeout=30, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-        assert there.is_set(), "the worker did not register"
+    async with registered(settings, agent_name=name, **chosen) as (worker, task):
         task.worker = worker  # type: ignore[attr-defined]
         yield task
-    finally:
-        waiting.cancel()
-        task.cancel()
-        await asyncio.wait([task], timeout=30)
-        assert task.done()
 
 
 async def health(task: asyncio.Task[None]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import re
 import signal
@@ -36,19 +35,10 @@ from voipavatar.worker import Order, Worker, _measure
 
 from .realtime import Speaking
 from .scripted import Joined, Plain, agent_session, said
+from .workers import environment, registered, settings_of
 
 ROOT = Path(__file__).parent.parent
 server = pytest.mark.server
-
-
-def settings_of(livekit: LiveKitServer, *personas: Path) -> Settings:
-    return dataclasses.replace(
-        Settings.from_env({}),
-        persona_dirs=personas,
-        livekit_url=livekit.url,
-        livekit_api_key=livekit.api_key,
-        livekit_api_secret=livekit.api_secret,
-    )
 
 
 def keys(livekit: LiveKitServer) -> dict[str, str]:
@@ -72,23 +62,10 @@ def unique(name: str) -> str:
 @asynccontextmanager
 async def working(livekit: LiveKitServer, name: str, **more: Any) -> AsyncIterator[Worker]:
     """A worker in this process."""
-    there = asyncio.Event()
     options: dict[str, Any] = {"capacity": 2, "drain": 10.0, "personas": ("clapper",), **more}
     settings = options.pop("settings", None) or settings_of(livekit)
-    worker = Worker(settings, agent_name=name, ready=lambda url: there.set(), **options)
-    task = asyncio.create_task(worker.run())
-    try:
-        waiting = asyncio.ensure_future(there.wait())
-        await asyncio.wait([waiting, task], timeout=30, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-        assert there.is_set(), "the worker did not register"
+    async with registered(settings, agent_name=name, **options) as (worker, _):
         yield worker
-    finally:
-        waiting.cancel()
-        task.cancel()
-        await asyncio.wait([task], timeout=30)
-        assert task.done()
 
 
 @asynccontextmanager
@@ -96,14 +73,7 @@ async def process(
     livekit: LiveKitServer, name: str, persona: str = "clapper", personas: Path | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """A worker as a person runs it."""
-    env = {
-        **os.environ,
-        "VOIPAVATAR_PERSONAS": str(personas or ""),
-        "PYTHONPATH": str(ROOT),
-        "LIVEKIT_URL": livekit.url,
-        "LIVEKIT_API_KEY": livekit.api_key,
-        "LIVEKIT_API_SECRET": livekit.api_secret,
-    }
+    env = environment(livekit, VOIPAVATAR_PERSONAS=str(personas or ""))
     command = f"worker --sessions 2 --persona {persona} --port 0 --drain 8 --name".split()
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "voipavatar", *command, name, env=env,
@@ -136,11 +106,17 @@ async def _drain(stream: asyncio.StreamReader) -> None:
 
 @asynccontextmanager
 async def talking(
-    livekit: LiveKitServer, room_name: str, agent_name: str, **more: Any
+    livekit: LiveKitServer,
+    room_name: str,
+    agent_name: str,
+    *,
+    identity: str = "agent",
+    session: AgentSession[Any] | None = None,
+    **more: Any,
 ) -> AsyncIterator[tuple[AgentSession[Any], AvatarSession, rtc.Room]]:
     """An agent that asked for a dispatched avatar."""
-    async with Joined(livekit, room_name) as room:
-        session = agent_session()
+    async with Joined(livekit, room_name, identity) as room:
+        session = session or agent_session()
         avatar = AvatarSession(persona="clapper", mode="dispatch", agent_name=agent_name, **more)
         try:
             await avatar.start(session, room, **keys(livekit))
@@ -366,14 +342,8 @@ async def test_fifty_at_once_on_room_for_eight(livekit: LiveKitServer, tmp_path:
                 f"{len(came)} joined within {max(came):.1f} s; {len(told)} were refused within "
                 f"{max(when for when, _ in told):.1f} s: {told[0][1]}"
             )
-            # A seat whose request got lost at the server is given to one that was refused before.
-            assert len(came) + len(told) == 50
-            # Within ten seconds, but for a few where the machine has much else to do.
-            assert sorted(when for when, _ in told)[-5] <= 10
-            while sum(avatar.joined for avatar in avatars) < 8:
-                assert time.monotonic() - begin < 30, "a seat stayed empty"
-                await asyncio.sleep(0.05)
-            assert sum(avatar.joined for avatar in avatars) == 8
+            assert len(came) == 8 and len(told) == 42
+            assert max(when for when, _ in told) <= 10
             # Each is told by those who answered in time: on a busy machine perhaps by one alone.
             assert all(re.search(r"full \((3 of 3|5 of 5) rooms\)", reason) for _, reason in told)
             assert any("3 of 3" in reason and "5 of 5" in reason for _, reason in told)
@@ -443,78 +413,61 @@ async def test_a_dead_engine_is_told_and_nobody_is_taken(
 async def test_an_agent_that_was_started_anew_has_the_avatar(livekit: LiveKitServer) -> None:
     """Its predecessor was killed: it left no word, and the avatar is in the room still."""
     name, place = unique("anew"), unique("room")
-    options: dict[str, Any] = {"persona": "clapper", "agent_name": name}
-    async with working(livekit, name, grace=8.0):
-        async with Joined(livekit, place, "before") as room:
-            first, killed = agent_session(), AvatarSession(**options)
-            await killed.start(first, room, **keys(livekit))
-            await first.start(Plain(), room=room, record=False)
-            await killed.wait_for_join(timeout=20)
-            await said(first, "one")
-            avatar_sid = room.remote_participants["voipavatar"].sid
-        try:
-            async with Joined(livekit, place, "after") as room:
-                begin = time.monotonic()
-                second, anew = agent_session(), AvatarSession(**options)
-                try:
-                    await anew.start(second, room, **keys(livekit))
-                    await second.start(Plain(), room=room, record=False)
-                    await anew.wait_for_join(timeout=5)
-                    handle = await said(second, "one two")
-                    took = time.monotonic() - begin
-                    print(f"heard {took:.2f} s after it came, 0.5 s of which it spoke")
-                    assert not handle.interrupted and anew.joined and not anew.lost
-                    assert took < 5.0
-                    assert room.remote_participants["voipavatar"].sid == avatar_sid
-                finally:
-                    await second.aclose()
-                    await anew.aclose()
-        finally:
-            await first.aclose()
-            await killed.aclose()
+    async with (
+        working(livekit, name, grace=8.0),
+        talking(livekit, place, name, identity="before") as (before, avatar, room),
+    ):
+        await avatar.wait_for_join(timeout=20)
+        await said(before, "one")
+        sid = room.remote_participants["voipavatar"].sid
+        await room.disconnect()
+        begin = time.monotonic()
+        async with talking(livekit, place, name, identity="after") as (after, anew, room):
+            await anew.wait_for_join(timeout=5)
+            handle = await said(after, "one two")
+            took = time.monotonic() - begin
+            print(f"heard {took:.2f} s after it came, 0.5 s of which it spoke")
+            assert not handle.interrupted and anew.joined and not anew.lost
+            assert took < 5.0
+            assert room.remote_participants["voipavatar"].sid == sid
 
 
 @server
 async def test_a_speech_to_speech_model_speaks_through_it(livekit: LiveKitServer) -> None:
-    name, place = unique("realtime"), unique("room")
-    model = Speaking(1.0)
+    name, model = unique("realtime"), Speaking(1.0)
+    begun = asyncio.Event()
     async with (
         working(livekit, name),
-        Joined(livekit, place) as room,
-        AgentSession[Any](llm=model) as session,
+        talking(livekit, unique("room"), name, session=AgentSession(llm=model)) as (
+            session,
+            avatar,
+            _,
+        ),
     ):
-        avatar = AvatarSession(persona="clapper", agent_name=name)
-        try:
-            await avatar.start(session, room, **keys(livekit))
-            await session.start(Plain(), room=room, record=False)
-            await avatar.wait_for_join(timeout=20)
-            handle = session.generate_reply()
-            await asyncio.wait_for(handle.wait_for_playout(), 10)
-            [conversing] = model.sessions
-            assert not handle.interrupted and not conversing.truncated
-            model.seconds = 5.0
-            begun = asyncio.Event()
-            session.on(
-                "agent_state_changed",
-                lambda event: begun.set() if event.new_state == "speaking" else None,
-            )
-            handle = session.generate_reply()
-            await asyncio.wait_for(begun.wait(), 10)
-            began = time.monotonic()
-            await asyncio.sleep(1.0)
-            await asyncio.wait_for(session.interrupt(), 1.5)
-            took = time.monotonic() - began
-            await asyncio.wait_for(handle.wait_for_playout(), 5)
-            assert handle.interrupted
-            assert conversing.truncated[0] / 1000 == pytest.approx(took, abs=0.4)
-            print(f"cut {conversing.truncated[0]} ms into it, {took:.2f} s after it began")
-            model.seconds = 0.5
-            handle = session.generate_reply()
-            await asyncio.wait_for(handle.wait_for_playout(), 10)
-            assert not handle.interrupted and avatar.joined and not avatar.lost
-        finally:
-            await session.aclose()
-            await avatar.aclose()
+        await avatar.wait_for_join(timeout=20)
+        handle = session.generate_reply()
+        await asyncio.wait_for(handle.wait_for_playout(), 10)
+        [conversing] = model.sessions
+        assert not handle.interrupted and not conversing.truncated
+        model.seconds = 5.0
+        session.on(
+            "agent_state_changed",
+            lambda event: begun.set() if event.new_state == "speaking" else None,
+        )
+        handle = session.generate_reply()
+        await asyncio.wait_for(begun.wait(), 10)
+        began = time.monotonic()
+        await asyncio.sleep(1.0)
+        await asyncio.wait_for(session.interrupt(), 1.5)
+        took = time.monotonic() - began
+        await asyncio.wait_for(handle.wait_for_playout(), 5)
+        assert handle.interrupted
+        assert conversing.truncated[0] / 1000 == pytest.approx(took, abs=0.4)
+        print(f"cut {conversing.truncated[0]} ms into it, {took:.2f} s after it began")
+        model.seconds = 0.5
+        handle = session.generate_reply()
+        await asyncio.wait_for(handle.wait_for_playout(), 10)
+        assert not handle.interrupted and avatar.joined and not avatar.lost
 
 
 @server
