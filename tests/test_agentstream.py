@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import types
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,7 +31,7 @@ from voipavatar.agentstream import (
 from voipavatar.config import Persona, Settings
 from voipavatar.errors import InputError
 from voipavatar.livekit_server import LiveKitServer
-from voipavatar.mouthpiece import Wire, unanswer
+from voipavatar.mouthpiece import Segment, Wire, unanswer
 from voipavatar.room import RoomOptions
 from voipavatar.session import Session, Studio
 
@@ -409,3 +410,30 @@ async def test_the_last_wire_gives_the_reports_back(livekit: LiveKitServer) -> N
             await wires[1].aclose()
             unanswer(room)
             assert methods == were
+
+
+async def test_what_was_cut_before_it_got_out_was_not_said_whole() -> None:
+    """The avatar is sent an empty stream then, and tells that it has said all of it."""
+    opening = asyncio.Event()
+
+    class Participant:
+        def register_rpc_method(self, *_: Any) -> None: ...
+
+        async def stream_bytes(self, **_: Any) -> Any:
+            await opening.wait()
+            return types.SimpleNamespace(aclose=asyncio.Event().wait)
+
+    room: Any = types.SimpleNamespace(local_participant=Participant())
+    wire = Wire(room, "avatar")
+    segment = Segment(lambda: None, lambda segment: None)
+    frame = rtc.AudioFrame(bytes(1920), 24_000, 1, 960)
+    pushing = asyncio.create_task(wire.push(segment, frame))
+    await asyncio.sleep(0.01)
+    pushing.cancel()
+    await asyncio.wait([pushing])
+    wire.flush(segment)
+    opening.set()
+    await asyncio.sleep(0.01)
+    wire._told_finished(0.0, interrupted=False)
+    assert segment.over and segment.heard == 0.0 and segment.interrupted
+    await wire.aclose()

@@ -57,6 +57,8 @@ class Segment:
         """Monotonic time at which it was first heard."""
         self.flushed = False
         self.cleared = False
+        self.cut = False
+        """Not all of it got out, since whoever pushed it was cancelled, or it was cleared."""
         self.heard = 0.0
         self.interrupted = False
         self.over = False
@@ -365,9 +367,14 @@ class Wire:
         if segment not in self._writers:
             self._segments.append(segment)
             self._writers[segment] = self._spawn(self._opening(frame))
-        writer = await asyncio.shield(self._writers[segment])
-        if not (segment.over or segment.cleared):
-            await writer.write(bytes(frame.data.cast("b")))
+        sent = False
+        try:
+            writer = await asyncio.shield(self._writers[segment])
+            if not (segment.over or segment.cleared):
+                await writer.write(bytes(frame.data.cast("b")))
+                sent = True
+        finally:
+            segment.cut |= not sent
 
     async def _opening(self, frame: rtc.AudioFrame) -> rtc.ByteStreamWriter:
         return await within(
@@ -454,7 +461,8 @@ class Wire:
             segment = self._segments.popleft()
             self._forget(segment)
             if not segment.over:
-                segment.finished(heard, interrupted)
+                # The avatar says all that it got, to the end: it can't know that there was more.
+                segment.finished(heard, interrupted or segment.cut)
                 return
 
     def _forget(self, segment: Segment) -> None:
