@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,23 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(120 + 20 * CYCLES),
 ]
+
+
+@pytest.fixture(autouse=True)
+def records_hold_no_frames() -> Iterator[None]:
+    """pytest keeps log records, and one with a traceback what its frames hold: a whole room."""
+    make = logging.getLogRecordFactory()
+
+    def told(*args: Any, **more: Any) -> logging.LogRecord:
+        record = make(*args, **more)
+        if record.exc_info:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+            record.exc_info = None
+        return record
+
+    logging.setLogRecordFactory(told)
+    yield
+    logging.setLogRecordFactory(make)
 
 
 @dataclass(frozen=True)
