@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 import time
 import uuid
@@ -21,6 +22,7 @@ from voipavatar.plugin import AvatarSession, VoipAvatarException
 from voipavatar.viewer import Viewer
 
 from .scripted import Joined, Plain, agent_session, said
+from .workers import registered, settings_of
 
 pytestmark = pytest.mark.server
 
@@ -169,10 +171,22 @@ async def until(true: Callable[[], bool], limit: float = 8.0) -> None:
         await asyncio.sleep(0.02)
 
 
+@pytest.mark.parametrize("mode", ["local", "dispatch"])
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "not connected yet"])
-async def test_inside_a_job(livekit: LiveKitServer, connected: bool) -> None:
-    """As an agent's worker runs it, also before the job's room is connected."""
+async def test_inside_a_job(
+    livekit: LiveKitServer, monkeypatch: pytest.MonkeyPatch, connected: bool, mode: str
+) -> None:
+    """As an agent's worker runs it, configured by nothing but the environment, also before the
+    job's room is connected."""
     name, room_name = new_room("jobs"), new_room("job")
+    for variable, value in {
+        **{argument.upper(): value for argument, value in keys(livekit).items()},
+        "VOIPAVATAR_PERSONA": "clapper",
+        "VOIPAVATAR_AVATAR_PARTICIPANT_IDENTITY": "face",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    if mode == "dispatch":
+        monkeypatch.setenv("VOIPAVATAR_AGENT_NAME", name + "-avatars")
     done: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
     begun = threading.Event()
 
@@ -180,12 +194,13 @@ async def test_inside_a_job(livekit: LiveKitServer, connected: bool) -> None:
         begun.set()
         try:
             session = agent_session()
-            avatar = AvatarSession(persona=CLAPPER, mode="local")
+            avatar = AvatarSession()
+            assert avatar.mode == mode
             if connected:
                 await job.connect()
-            await avatar.start(session, job.room, **keys(livekit))
+            await avatar.start(session, job.room)
             await session.start(Plain(), room=job.room, record=False)
-            await avatar.wait_for_join(timeout=10)
+            await avatar.wait_for_join(timeout=20)
             await until(lambda: bool(voices(job.room)))
             handle = await said(session, "one two")
             [face] = job.room.remote_participants.values()
@@ -193,6 +208,8 @@ async def test_inside_a_job(livekit: LiveKitServer, connected: bool) -> None:
                 {
                     "interrupted": handle.interrupted,
                     "voices": voices(job.room),
+                    "face": face.identity,
+                    "own": len(job.room.local_participant.track_publications),
                     "behalf": face.attributes.get("lk.publish_on_behalf"),
                     "agent": job.room.local_participant.identity,
                 }
@@ -214,15 +231,27 @@ async def test_inside_a_job(livekit: LiveKitServer, connected: bool) -> None:
     serving = asyncio.create_task(server.run())
     try:
         await asyncio.wait_for(ready.wait(), 20)
-        async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+        async with contextlib.AsyncExitStack() as undo:
+            lk = await undo.enter_async_context(
+                api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret)
+            )
+            if mode == "dispatch":
+                settings = settings_of(livekit)
+                await undo.enter_async_context(
+                    registered(
+                        settings, agent_name=name + "-avatars", capacity=1, personas=("clapper",),
+                        drain=10.0,
+                    )
+                )  # fmt: skip
             wish = api.CreateAgentDispatchRequest(agent_name=name, room=room_name)
             # A LiveKit server that is busy drops a request now and then, and tells nobody.
             for _ in range(3):
                 await lk.agent_dispatch.create_dispatch(wish)
                 if await asyncio.to_thread(begun.wait, 8):
                     break
-            found = await asyncio.wait_for(asyncio.wrap_future(done), 30)
+            found = await asyncio.wait_for(asyncio.wrap_future(done), 40)
             assert found["voices"] == ["avatar_audio"] and not found["interrupted"]
+            assert found["own"] == 0 and found["face"] == "face"
             assert found["behalf"] == found["agent"]
             end = time.monotonic() + 10
             while True:  # the end of the job is the end of its avatar
@@ -285,3 +314,31 @@ async def test_what_is_missing_is_named(
         await session.aclose()
     with pytest.raises(VoipAvatarException, match="local or dispatch"):
         AvatarSession(mode="somewhere")  # type: ignore[arg-type]
+
+
+def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each argument by a variable of its name; an argument goes before it."""
+    for variable, value in {
+        "PERSONA": "guide",
+        "AGENT_NAME": "faces",
+        "AVATAR_PARTICIPANT_IDENTITY": "face",
+        "AVATAR_PARTICIPANT_NAME": "Ada",
+        "JOIN_TIMEOUT": "7.5",
+        "CAPTIONS": "false",
+    }.items():
+        monkeypatch.setenv(f"VOIPAVATAR_{variable}", value)
+    avatar = AvatarSession()
+    assert avatar.mode == "dispatch" and avatar.avatar_identity == "face"
+    chosen = avatar._persona, avatar._agent_name, avatar._name
+    assert chosen == ("guide", "faces", "Ada")
+    assert avatar._join_timeout == 7.5 and avatar._captions is False
+    given = AvatarSession(persona="other", mode="local", join_timeout=3, captions=True)
+    assert (given.mode, given._persona, given._join_timeout) == ("local", "other", 3.0)
+    assert given._captions is True
+    with pytest.raises(VoipAvatarException, match=r"join_timeout='soon'.*VOIPAVATAR_JOIN_TIMEOUT"):
+        AvatarSession(join_timeout="soon")  # type: ignore[arg-type]
+    with pytest.raises(VoipAvatarException, match="join_timeout=0"):
+        AvatarSession(join_timeout=0)
+    monkeypatch.setenv("VOIPAVATAR_CAPTIONS", "perhaps")
+    with pytest.raises(VoipAvatarException, match="VOIPAVATAR_CAPTIONS"):
+        AvatarSession()

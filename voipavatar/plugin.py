@@ -20,7 +20,7 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import aiohttp
 from livekit import api, rtc
@@ -36,7 +36,7 @@ from livekit.agents import (
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.utils import is_given
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from .agentstream import ALIVE, DISPATCH, GESTURE, LEAVE, PERSONA, POSE, Mute
 from .captions import attach
@@ -108,7 +108,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         simulcast: NotGivenOr[bool] = NOT_GIVEN,
         join_timeout: NotGivenOr[float] = NOT_GIVEN,
         studio: NotGivenOr[OpensAvatars] = NOT_GIVEN,
-        captions: bool = True,
+        captions: NotGivenOr[bool] = NOT_GIVEN,
         conn_options: APIConnectOptions = DEFAULT_API_CONNECT_OPTIONS,
     ) -> None:
         """Everything has a default.
@@ -120,7 +120,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 otherwise "local". VOIPAVATAR_MODE.
             agent_name: The workers' name. VOIPAVATAR_AGENT_NAME.
             avatar_participant_identity: Who the avatar is in the room; "voipavatar".
+                VOIPAVATAR_AVATAR_PARTICIPANT_IDENTITY.
             avatar_participant_name: How people call it; the persona's title.
+                VOIPAVATAR_AVATAR_PARTICIPANT_NAME.
             video_codec: "vp8", "h264", "vp9" or "av1", in place of the persona's.
                 VOIPAVATAR_VIDEO_CODEC.
             video_bitrate: Bits a second of the picture, at most, in place of the persona's.
@@ -128,17 +130,21 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             simulcast: Whether smaller layers are sent beside it, for viewers on slow lines, in
                 place of the persona's. VOIPAVATAR_SIMULCAST: true or false.
             join_timeout: Seconds in which it must be seen, 20 unless given. Speech waits for it
-                that long, and is voice-only afterwards.
+                that long, and is voice-only afterwards. VOIPAVATAR_JOIN_TIMEOUT.
             studio: A studio to share with other sessions of this loop (`local` only).
             captions: Whether the agent's transcript keeps to the avatar's voice word by word;
                 False leaves the pacing to LiveKit, which may run ahead of it.
+                VOIPAVATAR_CAPTIONS: true or false.
             conn_options: Retries and their pauses when asking for a worker.
         """
         super().__init__()
-        self._persona = persona or os.environ.get("VOIPAVATAR_PERSONA", "default")
-        self._agent_name = agent_name or os.environ.get("VOIPAVATAR_AGENT_NAME", "")
-        chosen = mode or os.environ.get("VOIPAVATAR_MODE", "")
-        self._mode = chosen or ("dispatch" if self._agent_name else "local")
+        self._persona = (
+            persona
+            if isinstance(persona, Persona)
+            else _setting("persona", persona, str, "default")
+        )
+        self._agent_name = _setting("agent_name", agent_name, str, "")
+        self._mode = _setting("mode", mode, str, "dispatch" if self._agent_name else "local")
         if self._mode not in ("local", "dispatch"):
             raise VoipAvatarException(
                 f"mode={self._mode!r} (or VOIPAVATAR_MODE) can't be used: it is local or dispatch"
@@ -146,17 +152,19 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if self._mode == "dispatch" and isinstance(self._persona, Persona):
             raise VoipAvatarException("mode=dispatch takes a persona by name: the worker loads it")
         self._agent_name = self._agent_name or AGENT_NAME
-        self._identity = avatar_participant_identity or IDENTITY
-        self._name = avatar_participant_name or ""
+        self._identity = _setting(
+            "avatar_participant_identity", avatar_participant_identity, str, IDENTITY
+        )
+        self._name = _setting("avatar_participant_name", avatar_participant_name, str, "")
         self._video = _video(
             ("video_codec", "codec", video_codec),
             ("video_bitrate", "bitrate", video_bitrate),
             ("simulcast", "simulcast", simulcast),
         )
-        self._join_timeout = join_timeout if isinstance(join_timeout, (int, float)) else 20.0
+        self._join_timeout = _setting("join_timeout", join_timeout, _Seconds, 20.0)
         self._studio: OpensAvatars | None = studio or None
         self._own_studio: Studio | None = None
-        self._captions = captions
+        self._captions = _setting("captions", captions, bool, True)
         self._conn_options = conn_options
         self._started = False
         self._closing: asyncio.Task[None] | None = None
@@ -186,10 +194,12 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
 
     @property
     def avatar_identity(self) -> str:
+        """Who the avatar is in the room."""
         return self._identity
 
     @property
     def provider(self) -> str:
+        """Whose avatar it is, as livekit-agents' metrics tell it."""
         return "voipavatar"
 
     @property
@@ -689,6 +699,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             for event in _TURNS:
                 self._agent.off(event, self._attend)
             self._agent = None
+        elif self._agent_session is not None:  # it never came to speak for it
+            self._agent_session.off("close", self._session_over)
         if self._telling is not None:
             self._telling.cancel()
             await asyncio.gather(self._telling, return_exceptions=True)
@@ -747,6 +759,22 @@ def _given(argument: str, value: NotGivenOr[str]) -> str:
     if not found:
         raise VoipAvatarException(f"{argument} is missing: pass it to start(), or set {variable}")
     return str(found)
+
+
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _setting(argument: str, value: NotGivenOr[Any], kind: Any, default: Any) -> Any:
+    """An argument, or the environment's in its place, checked."""
+    variable = f"VOIPAVATAR_{argument.upper()}"
+    given = is_given(value) and value not in ("", None)
+    found = value if given else os.environ.get(variable) or default
+    try:
+        return TypeAdapter(kind).validate_python(found)
+    except ValidationError as error:
+        raise VoipAvatarException(
+            f"{argument}={found!r} (or {variable}) can't be used: {first_mistake(error)[1]}"
+        ) from None
 
 
 def _video(*given: tuple[str, str, NotGivenOr[Any]]) -> Video:
