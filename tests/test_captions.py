@@ -22,8 +22,9 @@ from voipavatar.plugin import AvatarSession
 from voipavatar.viewer import Viewer
 
 from .hearing import Script, Words
-from .scripted import Joined, Plain
+from .scripted import Joined, Plain, said
 from .test_conversation import User, until, working
+from .test_plugin import local, new_room
 
 RATE = 24_000
 LEAD = 0.2
@@ -90,8 +91,8 @@ def test_words_without_times_are_never_well_ahead(
             if end == len(pcm):
                 timing.end_sound()
         position = min(pushed / RATE, position + step)
-        for said, _ in timing.due(position):
-            out[said.strip()] = position
+        for word_said, _ in timing.due(position):
+            out[word_said.strip()] = position
         waited = waited + step if pushed == len(pcm) and position >= len(pcm) / RATE else 0.0
         assert waited < 0.1, f"left behind: {len(out)} of {len(WORDS)}"
     leads = [index * word - out[said] for index, said in enumerate(WORDS)]
@@ -240,6 +241,54 @@ async def test_lines_come_in_order_and_end_where_they_are_cut() -> None:
     await until(lambda: reader.pieces[-2:] == ["tree", None], 3)
     assert not captions._lines and not captions._by_segment
     await speaker.aclose()
+
+
+async def test_text_without_a_voice_is_read_at_once() -> None:
+    """The agent's sound is switched off, and on again: nobody's words stay behind."""
+    mouth, speaker, reader = Mouthpiece(1.0), Speaker(), Read()
+    mouth.use(speaker)
+    captions = Captions(reader, mouth)
+    told: list[Any] = []
+    mouth.on("playback_finished", told.append)
+    mouth.on_detached()
+    for _ in range(2):
+        reader.pieces.clear()
+        await captions.capture_text("only ")
+        await captions.capture_text("text")
+        captions.flush()
+        assert reader.pieces == ["only ", "text", None]
+    reader.pieces.clear()
+    await captions.capture_text("half of it ")
+    mouth.on_attached()
+    await captions.capture_text("read")
+    captions.flush()
+    assert reader.pieces == ["half of it ", "read", None]
+    await captions.capture_text("cat")
+    captions.flush()
+    await mouth.capture_frame(frame(beeps(1, 0.2, 0.1)))
+    mouth.flush()
+    await until(lambda: told and reader.pieces[-2:] == ["cat", None], 3)
+    assert told[0].synchronized_transcript == "cat"
+    assert not captions._lines and not captions._by_segment
+    await speaker.aclose()
+
+
+@pytest.mark.server
+async def test_a_session_whose_sound_is_switched_off_is_read(livekit: LiveKitServer) -> None:
+    async with local(livekit, new_room("text")) as (session, avatar, _):
+        await avatar.wait_for_join(timeout=10)
+        captions = session.output.transcription
+        assert isinstance(captions, Captions)
+        reader = captions._sink = Read()
+        session.output.set_audio_enabled(False)
+        await said(session, "only text", limit=5)
+        await until(lambda: reader.pieces[-1:] == [None], 3)
+        assert "".join(piece for piece in reader.pieces if piece) == "only text"
+        reader.pieces.clear()
+        session.output.set_audio_enabled(True)
+        await said(session, "one two", limit=5)
+        await until(lambda: reader.pieces[-1:] == [None], 3)
+        assert "".join(piece for piece in reader.pieces if piece) == "one two"
 
 
 async def test_a_voice_that_waits_for_sound_is_waited_for() -> None:

@@ -214,6 +214,7 @@ class Captions(TextOutput):
         self._by_segment: dict[Segment, _Line] = {}
         self._rate: float | None = None
         self._last: asyncio.Task[None] | None = None
+        self._aside = False  # the text under way has no voice
         self._mouthpiece = mouthpiece
         mouthpiece.watcher = self
 
@@ -228,6 +229,10 @@ class Captions(TextOutput):
 
     async def capture_text(self, text: str) -> None:
         line = next((one for one in self._lines if not one.timing.text_done), None)
+        if self._aside or (line is None and self._mouthpiece.detached):
+            self._aside = True  # nothing to keep to
+            await self._sink.capture_text(text)
+            return
         if line is None:
             line = self._new()
         start = end = None
@@ -238,6 +243,10 @@ class Captions(TextOutput):
         line.changed.set()
 
     def flush(self) -> None:
+        if self._aside:
+            self._aside = False
+            self._sink.flush()
+            return
         line = next((one for one in self._lines if not one.timing.text_done), None)
         if line is not None and (line.timing.text or line.segment is None or line.over):
             line.timing.end_text()
