@@ -23,6 +23,7 @@ from typing import Protocol
 
 import numpy as np
 from livekit import api, rtc
+from livekit.rtc.participant import PublishTrackError
 
 from . import metrics
 from .config import Video
@@ -171,6 +172,17 @@ class RoomSink:
             asyncio.create_task(self._pump(), name="room-pump"),
             asyncio.create_task(self._keep(), name="room-keep"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._ceased)
+
+    def _ceased(self, task: asyncio.Task[None]) -> None:
+        """Nothing is shown any more, and that must not look like a face that listens."""
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.error("the way to the room has failed", exc_info=task.exception())
+        self.ended = f"an error of its own: {type(task.exception()).__name__}"
+        self._lost.set()
+        self._tell("ended")
 
     async def aclose(self) -> None:
         """Leave the room. Idempotent, also before `start`."""
@@ -303,7 +315,7 @@ class RoomSink:
             for guest in options.guests:
                 guest.entered(room)
             await within(self._publish(room), options.timeout)
-        except (rtc.ConnectError, asyncio.TimeoutError) as error:
+        except (rtc.ConnectError, PublishTrackError, asyncio.TimeoutError) as error:
             raise TransportError(
                 f"can't join the LiveKit room at {options.url}: {_reason(error)}. "
                 "Is the server running, and are LIVEKIT_URL, LIVEKIT_API_KEY and "
