@@ -68,6 +68,7 @@ ROWS = {
     "clears_unheard": "still spoken a second later",
     "position_error_interrupted": "position told less sound heard, median",
     "position_error_interrupted_p95": "the same, 95th percentile",
+    "first_segment_lost": "the first segment, once the avatar is seen, lost",
     "ends_missing": "whole segments without an end",
     "position_error": "position of whole segments, worst",
     "started_before_heard": "`playback_started` until it is heard",
@@ -218,7 +219,10 @@ class _Trial:
         self.tell("segments")
         await self.push(_tone(0.4))
         self.output.flush()
-        await self.told.until(1)
+        self.found["first_segment_lost"] = int(not await self.told.until(1))
+        if self.found["first_segment_lost"]:
+            # Its end would be assumed in the middle of what comes next, and counted there.
+            self.output.on_playback_finished(playback_position=0.0, interrupted=True)
         try:
             await self.viewer.wait(15.0)
         except TransportError:
