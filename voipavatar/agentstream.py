@@ -26,6 +26,7 @@ from livekit import rtc
 
 from .errors import InputError, VoipAvatarError
 from .media import Int16
+from .waiting import within
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ LEAVE = "voipavatar.leave"
 """Beyond the protocol: leave the room by yourself; "ok" once it is about to."""
 GESTURE = "voipavatar.gesture"
 """Beyond the protocol: make a gesture; the payload is its name."""
+SEGMENT = "voipavatar.segment"
+"""Beyond the protocol: an attribute of a stream: a name that comes back, as `segment`, in what is
+told of it. LiveKit's own agents ask for none, and would not bear one."""
 POSE = "voipavatar.pose"
 """Beyond the protocol: an attribute of the agent: the pose that it wants while it is silent."""
 AGENT_STATE = "lk.agent.state"
@@ -58,7 +62,9 @@ IDLE = 10.0
 TRIES = 3
 RETRY = 0.1
 NOTICES = 256
-"""Reports that may wait for the agent; the oldest go first."""
+"""Reports that may wait for an agent; the oldest go first."""
+ANSWERED = 12.0
+"""Seconds after which a report counts as lost; of its own accord the call gives up before."""
 PATIENCE = 10.0
 """Seconds that a report waits for a connection that is away."""
 
@@ -125,6 +131,8 @@ class _Segment:
     turn: Turn
     superseded: asyncio.Event
     """No more of it will come, or it isn't wanted."""
+    name: str = ""
+    """What the agent calls it in reports; empty for one that doesn't ask for that."""
     cleared: bool = False
     result: tuple[float, bool] | None = None
     """Seconds heard, interrupted: once it is over."""
@@ -185,12 +193,12 @@ class AgentStream:
         self._unanswered: dict[str, _Notice] = {}
         """Reports that stood in for a segment which had not come yet, by agent."""
         self._pending: dict[str, int] = {}  # reports of ends that were not answered, by agent
-        self._notices: deque[_Notice] = deque()
-        self._work = asyncio.Event()
+        self._notices: dict[str, deque[_Notice]] = {}  # by agent: one may be slow, or dead
+        self._reporters: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reporting: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._closed = False
+        self._mute = False  # nothing is told any more
 
     # -- the guest ---------------------------------------------------------------------------------
 
@@ -213,8 +221,6 @@ class AgentStream:
         if self._on_gesture is not None:
             room.local_participant.register_rpc_method(GESTURE, self._gesture)
         self._posed()
-        if self._reporting is None and not self._closed:
-            self._reporting = asyncio.create_task(self._report(), name="agent-report")
 
     def left(self) -> None:
         room, self._room = self._room, None
@@ -234,7 +240,8 @@ class AgentStream:
         deadline = time.monotonic() + 1.0
         while self._notices and self._room is not None and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        tasks = [*self._tasks, *([self._reporting] if self._reporting else [])]
+        self._mute = True
+        tasks = [*self._tasks, *self._reporters.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -247,15 +254,8 @@ class AgentStream:
             return None  # the stage is not up yet
         if identity == self.agent:
             return True
-        room = self._room
-        someone = room.remote_participants.get(identity) if room is not None else None
-        if someone is None:
-            return None
-        if (
-            someone.kind != rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
-            or ON_BEHALF in someone.attributes
-        ):
-            return False
+        if (agent := self._is_agent(identity)) is not True:
+            return agent
         if any(one.sender == self.agent for one in self._live) and self.agent not in self._gone:
             return None  # one at a time: the present one is heard out
         again = bool(self.agent)
@@ -266,6 +266,17 @@ class AgentStream:
             self._on_agent(identity)
         self._posed()
         return True
+
+    def _is_agent(self, identity: str) -> bool | None:
+        """Whether it is one, and no avatar; None while nobody knows it."""
+        room = self._room
+        someone = room.remote_participants.get(identity) if room is not None else None
+        if someone is None:
+            return None
+        return (
+            someone.kind == rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
+            and ON_BEHALF not in someone.attributes
+        )
 
     async def _introduced(self, identity: str) -> bool:
         """Whether `identity` is the agent, once the server has said who it is."""
@@ -288,9 +299,12 @@ class AgentStream:
         self._admit(reader, identity, await self._introduced(identity))
 
     def _admit(self, reader: rtc.ByteStreamReader, identity: str, accepted: bool) -> None:
+        name = (reader.info.attributes or {}).get(SEGMENT, "")
         if self._closed or self.open_turn is None or not accepted:
             logger.warning("a sound stream was refused: its sender is not the agent")
             reader.close()
+            if not self._closed and self._is_agent(identity):  # and must not wait for its end
+                self._finished(identity, 0.0, interrupted=True, name=name)
             return
         answered = self._unanswered.pop(identity, None)
         if answered is not None and not answered.done.is_set():
@@ -306,10 +320,10 @@ class AgentStream:
             logger.info("a segment was refused", extra={"error": type(error).__name__})
             self.dropped += 1
             reader.close()
-            self._finished(identity, 0.0, interrupted=True)
+            self._finished(identity, 0.0, interrupted=True, name=name)
             return
         self.segments += 1
-        segment = _Segment(identity, reader, turn, asyncio.Event())
+        segment = _Segment(identity, reader, turn, asyncio.Event(), name)
         self._live.append(segment)
         turn.started.add_done_callback(lambda future: self._on_started(segment, future))
         turn.finished.add_done_callback(lambda future: self._on_finished(segment, future))
@@ -449,30 +463,38 @@ class AgentStream:
 
     def _on_started(self, segment: _Segment, future: asyncio.Future[float | None]) -> None:
         if not future.cancelled() and future.result() is not None:
-            self._file(segment.sender, PLAYBACK_STARTED, "")
+            payload = json.dumps({"segment": segment.name}) if segment.name else ""
+            self._file(segment.sender, PLAYBACK_STARTED, payload)
 
     def _on_finished(self, segment: _Segment, future: asyncio.Future[Played]) -> None:
         segment.superseded.set()
         played = None if future.cancelled() else future.result()
         segment.result = (played.heard, played.interrupted) if played is not None else (0.0, True)
         while self._live and (result := self._live[0].result) is not None:
-            self._finished(self._live.popleft().sender, *result)  # in the order they came
+            first = self._live.popleft()  # in the order they came
+            self._finished(first.sender, *result, name=first.name)
 
-    def _finished(self, to: str, heard: float, interrupted: bool) -> _Notice:
+    def _finished(self, to: str, heard: float, interrupted: bool, name: str = "") -> _Notice:
         self._pending[to] = self._pending.get(to, 0) + 1
         payload = {
             "playback_position": heard,
             "interrupted": interrupted,
             "synchronized_transcript": None,
+            **({"segment": name} if name else {}),
         }
         return self._file(to, PLAYBACK_FINISHED, json.dumps(payload))
 
     def _file(self, to: str, method: str, payload: str) -> _Notice:
         notice = _Notice(to, method, payload, time.monotonic(), asyncio.Event())
-        self._notices.append(notice)
-        if len(self._notices) > NOTICES:
-            self._done(self._notices.popleft())
-        self._work.set()
+        if self._mute:
+            notice.done.set()
+            return notice
+        waiting = self._notices.setdefault(to, deque())
+        waiting.append(notice)
+        if len(waiting) > NOTICES:
+            self._done(waiting.popleft())
+        if to not in self._reporters:
+            self._reporters[to] = asyncio.create_task(self._report(to), name="agent-report")
         return notice
 
     def _done(self, notice: _Notice) -> None:
@@ -484,19 +506,20 @@ class AgentStream:
         if self._unanswered.get(notice.to) is notice:
             del self._unanswered[notice.to]
 
-    async def _report(self) -> None:
-        """Send the reports, one after the other, for as long as the avatar lives."""
-        while True:
-            while self._notices:
-                notice = self._notices[0]
+    async def _report(self, to: str) -> None:
+        """Send an agent's reports, one after the other, until there are no more."""
+        waiting = self._notices[to]
+        try:
+            while waiting:
+                notice = waiting[0]
                 try:
                     await self._send(notice)
                 finally:
-                    if self._notices and self._notices[0] is notice:
-                        self._notices.popleft()
+                    if waiting and waiting[0] is notice:
+                        waiting.popleft()
                         self._done(notice)
-            self._work.clear()
-            await self._work.wait()
+        finally:
+            del self._notices[to], self._reporters[to]
 
     async def _send(self, notice: _Notice) -> None:
         end = notice.made + PATIENCE
@@ -512,14 +535,19 @@ class AgentStream:
             if notice.to in self._gone:
                 return
             try:
-                await room.local_participant.perform_rpc(
+                call = room.local_participant.perform_rpc(
                     destination_identity=notice.to,
                     method=notice.method,
                     payload=notice.payload,
                     response_timeout=3.0,
                 )
+                await within(call, ANSWERED)
                 return
+            except asyncio.TimeoutError:
+                logger.info("a report was not answered")
             except rtc.RpcError as error:
+                if error.code == rtc.RpcError.ErrorCode.RESPONSE_TIMEOUT:
+                    return  # it was acknowledged: it is there, and must not be told twice
                 if error.code == rtc.RpcError.ErrorCode.UNSUPPORTED_METHOD and (
                     notice.method == PLAYBACK_STARTED
                 ):

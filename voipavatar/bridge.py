@@ -80,6 +80,10 @@ class FarSession:
     def failure(self) -> str | None:
         return self._session.failure
 
+    @property
+    def closing(self) -> bool:
+        return self._session.closing
+
     def open_turn(self) -> FarTurn:
         """A turn that the caller pushes sound into. One that can't be had is over at once."""
         return FarTurn(self._session, self._loop)

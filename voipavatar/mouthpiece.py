@@ -26,6 +26,7 @@ from .agentstream import (
     CLEAR_BUFFER,
     PLAYBACK_FINISHED,
     PLAYBACK_STARTED,
+    SEGMENT,
     Pcm,
     Turn,
 )
@@ -38,6 +39,9 @@ CLEAR_TIMEOUT = 2.0
 """Seconds in which a cleared segment's end must be told."""
 OVERDUE = 8.0
 """Seconds beyond its length after which a segment's end is not waited for any longer."""
+UNHEARD = 20.0
+"""Seconds beyond those before it in which a segment must begin, at an avatar that is alive: it may
+have something else to say first."""
 KEPT = 600.0
 """Seconds of one segment that are kept until they were heard."""
 RESUMES = 0.15
@@ -64,15 +68,18 @@ class Segment:
         self.over = False
         self.meter: Callable[[], float] | None = None
         """Seconds that have left at most, where its route can tell."""
+        self._kept = 0.0
         self._playhead: tuple[float, float] | None = None  # seconds, at which monotonic time
         self._on_started = on_started
         self._on_over = on_over
 
     def keep(self, frame: rtc.AudioFrame) -> None:
+        self.at()  # whether the voice has been waiting for this
         self.length += frame.duration
+        self._kept += frame.duration
         self.frames.append(frame)
-        while self.length > KEPT and self.frames:
-            self.frames.popleft()
+        while self._kept > KEPT:
+            self._kept -= self.frames.popleft().duration
 
     def started(self) -> None:
         """Its first sample is being heard, or the first that another route says of it."""
@@ -95,6 +102,12 @@ class Segment:
         waits = position >= self.length and not self.flushed
         self._playhead = (position, now + RESUMES if waits else max(since, now))
         return position
+
+    def stopped(self, heard: float) -> None:
+        """Its route plays no more of it than so many seconds."""
+        self.meter = lambda: heard
+        if self._playhead is not None:
+            self._playhead = (self.skipped + heard, time.monotonic())
 
     def resume_at(self, position: float) -> None:
         """It goes on from here, as soon as `started` says so."""
@@ -171,6 +184,8 @@ class Mouthpiece(AudioOutput):
         self.watcher: Watcher | None = None
         self.on_attach: Callable[[], object] | None = None
         """Called soon after a session has put it to use."""
+        self.detached = False
+        """The session has switched its sound off: what it says comes as text alone."""
         self._patience = patience
         self._route: Route | None = None
         self._owner: dict[Segment, Route] = {}
@@ -203,10 +218,10 @@ class Mouthpiece(AudioOutput):
             if self._owner.get(segment) is route or segment.over:
                 continue
             self._owner[segment] = route
+            heard = _heard(segment, alive)
             if segment.cleared:
-                segment.finished(_heard(segment, alive), interrupted=True)
+                segment.finished(heard, interrupted=True)
                 continue
-            heard = min(segment.length, _heard(segment, alive))
             rest = segment.rest(heard + segment.skipped)
             segment.resume_at(segment.skipped + heard)
             for frame in rest:
@@ -218,27 +233,39 @@ class Mouthpiece(AudioOutput):
     # -- what the agent calls ----------------------------------------------------------------------
 
     async def capture_frame(self, frame: rtc.AudioFrame) -> None:
-        if self._route is None:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await within(self._ready.wait(), self._patience)
-            if self._route is None and self._late is not None:
-                self.use(self._late())
+        # Counted before anything is awaited: whoever is above has counted it already, and must be
+        # told its end even if it is interrupted while the avatar is still on its way.
         await super().capture_frame(frame)
         segment = self._open
         if segment is None:
             segment = Segment(self._started, self._over)
             self._open = segment
             self.pending.append(segment)
-            assert self._route is not None
-            self._owner[segment] = self._route
             if self.watcher is not None:
                 self.watcher.opened(segment)
+        if segment not in self._owner and not segment.over:
+            try:
+                route = await self._found()
+            except BaseException:
+                segment.finished(0.0, interrupted=True)
+                raise
+            self._owner.setdefault(segment, route)
         if segment.cleared or segment.over:
             return  # what is still under way of something that is to be silent
         segment.keep(frame)
         if self.watcher is not None:
             self.watcher.sounded(segment, frame)
         await self._owner[segment].push(segment, frame)
+
+    async def _found(self) -> Route:
+        """The route, once there is one; the one for want of an avatar after the patience given."""
+        if self._route is None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await within(self._ready.wait(), self._patience)
+        if self._route is None and self._late is not None:
+            self.use(self._late())
+        assert self._route is not None
+        return self._route
 
     def flush(self) -> None:
         super().flush()
@@ -254,15 +281,23 @@ class Mouthpiece(AudioOutput):
 
     def on_attached(self) -> None:
         super().on_attached()
+        self.detached = False
         if self.on_attach is not None:
             asyncio.get_running_loop().call_soon(self.on_attach)
 
+    def on_detached(self) -> None:
+        super().on_detached()
+        self.detached = True
+
     def clear_buffer(self) -> None:
         routes: list[Route] = []
-        for segment in self.pending:
+        for segment in list(self.pending):
             segment.cleared = True
-            if self._owner[segment] not in routes:
-                routes.append(self._owner[segment])
+            route = self._owner.get(segment)
+            if route is None:  # over, or nobody has it yet
+                segment.finished(0.0, interrupted=True)
+            elif route not in routes:
+                routes.append(route)
         for route in routes:
             route.clear()
 
@@ -283,25 +318,34 @@ class Mouthpiece(AudioOutput):
 
 
 def _heard(segment: Segment, alive: float | None) -> float:
-    """Seconds of a segment that were surely heard by `alive`."""
-    if segment.began is None:
-        return 0.0
-    return max(0.0, (alive if alive is not None else time.monotonic()) - segment.began)
+    """Seconds that the present route has surely played of a segment by `alive`: rather too few,
+    since what is said twice is better than what is never said."""
+    since = time.monotonic() - alive if alive is not None else 0.0
+    return max(0.0, segment.at() - segment.skipped - since)
 
 
 # --- the avatar in this process -------------------------------------------------------------------
 
 
 class Direct:
-    """Speaks through turns of a session on this loop."""
+    """Speaks through turns of a session on this loop.
+
+    `ending` tells that the session is about to be gone: what it has not said is left to the next
+    route then, and not taken for interrupted.
+    """
 
     AHEAD = 15.0
 
-    def __init__(self, open_turn: Callable[[], Turn]) -> None:
+    def __init__(
+        self, open_turn: Callable[[], Turn], ending: Callable[[], bool] = lambda: False
+    ) -> None:
         self._open_turn = open_turn
+        self._ending = ending
         self._turns: dict[Segment, tuple[Turn, dict[int, Pcm]]] = {}
 
     async def push(self, segment: Segment, frame: rtc.AudioFrame) -> None:
+        if self._ending():
+            return
         if segment not in self._turns:
             turn = self._open_turn()
             self._turns[segment] = (turn, {})
@@ -327,6 +371,9 @@ class Direct:
     def _finished(self, segment: Segment, future: asyncio.Future[Any]) -> None:
         self._turns.pop(segment, None)
         played = future.result()
+        if played.interrupted and not segment.cleared and self._ending():
+            segment.stopped(played.heard)
+            return
         segment.finished(played.heard, played.interrupted)
 
     async def aclose(self) -> None:
@@ -351,6 +398,7 @@ class Wire:
         self._room = room
         self._identity = identity
         self._segments: deque[Segment] = deque()
+        self._names: dict[str, Segment] = {}
         self._writers: dict[Segment, asyncio.Task[rtc.ByteStreamWriter]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._clearing: asyncio.Task[None] | None = None
@@ -365,8 +413,10 @@ class Wire:
         if segment.over or segment.cleared:
             return
         if segment not in self._writers:
+            name = f"AUDIO_{time.monotonic_ns():x}"
             self._segments.append(segment)
-            self._writers[segment] = self._spawn(self._opening(frame))
+            self._names[name] = segment
+            self._writers[segment] = self._spawn(self._opening(name, frame))
         sent = False
         try:
             writer = await asyncio.shield(self._writers[segment])
@@ -376,15 +426,16 @@ class Wire:
         finally:
             segment.cut |= not sent
 
-    async def _opening(self, frame: rtc.AudioFrame) -> rtc.ByteStreamWriter:
+    async def _opening(self, name: str, frame: rtc.AudioFrame) -> rtc.ByteStreamWriter:
         return await within(
             self._room.local_participant.stream_bytes(
-                name=f"AUDIO_{time.monotonic_ns():x}",
+                name=name,
                 topic=AUDIO_TOPIC,
                 destination_identities=[self._identity],
                 attributes={
                     "sample_rate": str(frame.sample_rate),
                     "num_channels": str(frame.num_channels),
+                    SEGMENT: name,
                 },
             ),
             10.0,
@@ -408,16 +459,22 @@ class Wire:
         """A segment whose end is never told must not be waited for without end."""
         waited = 0.0
         while not segment.over:
-            ahead = sum(one.length for one in self._segments if not one.over)
-            if waited > ahead + OVERDUE:
+            await asyncio.sleep(0.25)
+            waited += 0.25
+            if segment.began is not None:
+                limit = OVERDUE
+                if segment.at() < segment.length:
+                    waited = 0.0  # it is being said
+            else:
+                limit = UNHEARD
+                if next((one for one in self._segments if not one.over), segment) is not segment:
+                    waited = 0.0  # those before it have limits of their own
+            if waited > limit and not segment.over:
                 self.fallbacks += 1
                 logger.warning("the avatar did not tell a segment's end")
                 if self.on_silent is not None:
                     self.on_silent()
                 segment.finished(segment.length, interrupted=False)
-                return
-            await asyncio.sleep(0.25)
-            waited += 0.25
 
     def clear(self) -> None:
         if self._clearing is None or self._clearing.done():
@@ -448,24 +505,31 @@ class Wire:
             if not segment.over:
                 self.fallbacks += 1
                 logger.warning("the avatar did not tell a cleared segment's end")
-                segment.finished(min(segment.length, _heard(segment, None)), interrupted=True)
+                segment.finished(_heard(segment, None), interrupted=True)
 
-    def _told_started(self) -> None:
-        for segment in self._segments:
-            if not segment.over:
-                segment.started()
-                return
+    def _told_started(self, name: str) -> None:
+        segment = self._meant(name)
+        if segment is not None:
+            segment.started()
 
-    def _told_finished(self, heard: float, interrupted: bool) -> None:
-        while self._segments:
-            segment = self._segments.popleft()
-            self._forget(segment)
-            if not segment.over:
-                # The avatar says all that it got, to the end: it can't know that there was more.
-                segment.finished(heard, interrupted or segment.cut)
-                return
+    def _told_finished(self, heard: float, interrupted: bool, name: str = "") -> None:
+        segment = self._meant(name)
+        if segment is not None:
+            # The avatar says all that it got, to the end: it can't know that there was more.
+            segment.finished(heard, interrupted or segment.cut)
+        while self._segments and self._segments[0].over:
+            self._forget(self._segments.popleft())
+
+    def _meant(self, name: str) -> Segment | None:
+        """The segment that a report is about, unless that is over: an end may be told after it had
+        to be assumed. A report without a name stands for the first that isn't."""
+        if name:
+            segment = self._names.get(name)
+            return segment if segment is not None and not segment.over else None
+        return next((one for one in self._segments if not one.over), None)
 
     def _forget(self, segment: Segment) -> None:
+        self._names = {name: one for name, one in self._names.items() if one is not segment}
         writer = self._writers.pop(segment, None)
         if writer is not None and not segment.flushed:
             self._spawn(self._close(writer))
@@ -490,11 +554,13 @@ class Wire:
         wire = cls._wires.get((room, call.caller_identity))
         if wire is None:
             return None
+        told = json.loads(call.payload or "{}")
+        name = str(told.get("segment", ""))
         if call.method == PLAYBACK_STARTED:
-            wire._told_started()
+            wire._told_started(name)
             return "ok"
-        told = json.loads(call.payload)
-        wire._told_finished(float(told["playback_position"]), bool(told["interrupted"]))
+        heard, interrupted = float(told["playback_position"]), bool(told["interrupted"])
+        wire._told_finished(heard, interrupted, name)
         return "ok"
 
 
@@ -549,6 +615,7 @@ class VoiceOnly:
         self._work = asyncio.Event()
         self._source: rtc.AudioSource | None = None
         self._sid: str | None = None
+        self._mute: Segment | None = None  # the one that could not be given a track
         self._task: asyncio.Task[None] | None = None
         self._heard = 0.0
 
@@ -609,8 +676,9 @@ class VoiceOnly:
             await self._play(segment, resampler.push(pcm.push(bytes(frame.data.cast("b")))))
 
     async def _play(self, segment: Segment, pcm: Int16) -> None:
-        if self._source is None:
+        if self._source is None and segment is not self._mute:
             await self._publish()
+            self._mute = segment if self._source is None else None
         for begin in range(0, len(pcm), FRAME_RATE // 50):
             piece = np.ascontiguousarray(pcm[begin : begin + FRAME_RATE // 50])
             if segment.over:
@@ -643,6 +711,9 @@ class VoiceOnly:
             logger.info("nobody listens to the agent's own voice yet")
         except Exception as error:  # rtc raises bare exceptions; the conversation goes on mute
             logger.warning("no voice without avatar", extra={"error": type(error).__name__})
+        if self._sid is None:  # the next segment may try again
+            source, self._source = self._source, None
+            await source.aclose()
 
     async def hush(self) -> None:
         """Take the track away, once nothing is being said: the avatar speaks again."""

@@ -167,6 +167,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._captions = _setting("captions", captions, bool, True)
         self._conn_options = conn_options
         self._started = False
+        self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._mouthpiece: Mouthpiece | None = None
         self._voice: VoiceOnly | None = None
@@ -236,23 +237,40 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         url = _given("livekit_url", livekit_url)
         key = _given("livekit_api_key", livekit_api_key)
         secret = _given("livekit_api_secret", livekit_api_secret)
+        # A task of its own, so that `aclose` can end it: what it had only begun to open would
+        # otherwise stay behind.
+        work = self._starting = asyncio.create_task(
+            self._start(agent_session, room, url, key, secret), name="avatar-start"
+        )
         try:
-            await super().start(agent_session, room)
-            self._room_name, agent = _place(room)
-            self._voice = VoiceOnly(room)
-            agent_session.on("close", self._session_over)
-            room.on("track_published", self._unwatched)
-            for publication in self._published(room):
-                publication.set_subscribed(False)
-            mouthpiece = Mouthpiece(self._join_timeout + 2.0)
-            mouthpiece.otherwise(self._no_avatar)
-            if self._mode == "local":
-                await self._start_local(room, agent, url, key, secret, mouthpiece)
-            else:
-                await self._start_dispatch(room, agent, url, key, secret)
+            await asyncio.wait([work])
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if work.cancelled():
+            raise VoipAvatarException("the avatar was closed while it started")
+        try:
+            work.result()
         except BaseException:
             await self.aclose()
             raise
+
+    async def _start(
+        self, agent_session: AgentSession[Any], room: rtc.Room, url: str, key: str, secret: str
+    ) -> None:
+        await super().start(agent_session, room)
+        self._room_name, agent = _place(room)
+        self._voice = VoiceOnly(room)
+        agent_session.on("close", self._session_over)
+        room.on("track_published", self._unwatched)
+        for publication in self._published(room):
+            publication.set_subscribed(False)
+        mouthpiece = Mouthpiece(self._join_timeout + 2.0)
+        mouthpiece.otherwise(self._no_avatar)
+        if self._mode == "local":
+            await self._start_local(room, agent, url, key, secret, mouthpiece)
+        else:
+            await self._start_dispatch(room, agent, url, key, secret)
         self._mouthpiece = mouthpiece
         self._silence = _Silence(agent_session, room)
         if self._captions:
@@ -299,7 +317,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             guests=(Mute(),),
         )
         self._avatar = await studio.open(self._persona, room=options)
-        mouthpiece.use(Direct(self._avatar.open_turn))
+        mouthpiece.use(Direct(self._avatar.open_turn, lambda: self._avatar.closing))
         self._here.set()
         self._keeper = asyncio.create_task(self._keep_local(), name="avatar-keeper")
 
@@ -693,6 +711,9 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         task.add_done_callback(self._leaving.discard)
 
     async def _close(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         room = self._room
         self._here.clear()
         if self._agent is not None:

@@ -494,6 +494,11 @@ class Session:
         self._warm = asyncio.create_task(self._warming(), name=f"warm-{self.id}")
         self._watch = asyncio.create_task(self._watching(self._run), name=f"watch-{self.id}")
 
+    @property
+    def closing(self) -> bool:
+        """Whether it is about to be gone, or is: by `aclose`, a failure, or the room's end."""
+        return self._closing is not None
+
     async def aclose(self, drain: float = 0.0) -> None:
         """Stop. With `drain`, what is being spoken may go on for so many seconds. Idempotent."""
         if self._closing is None:
@@ -645,6 +650,8 @@ class Studio:
             session = await self._compose(
                 undo, name, persona, engine, renderer, room, sinks, voice, clock, options
             )
+            if self._closed:  # meanwhile: nobody else would close this one
+                raise StageError("the studio is closed")
             undo.pop_all()
         self._rented[name] = renderer
         self.sessions[name] = session
