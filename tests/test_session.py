@@ -174,6 +174,41 @@ async def test_an_engine_that_fails_is_told_and_the_sound_goes_on(
     assert studio.health()["status"] == "ok"
 
 
+async def test_every_engine_that_failed_is_tried_again(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no session open nothing else would draw, and the process would seem dead for ever."""
+    make, broken = ENGINES["clapper"], threading.Event()
+
+    def breaking(settings: Settings) -> Any:
+        engine: Any = make(settings)
+        draw = engine.render
+
+        def render(jobs: Any) -> Any:
+            if broken.is_set():
+                raise RuntimeError("device lost")
+            return draw(jobs)
+
+        engine.render = render
+        return engine
+
+    monkeypatch.setitem(ENGINES, "mortal", breaking)
+    await studio.open(CLAPPER)
+    second = await studio.open(CLAPPER.model_copy(update={"engine": "mortal"}))
+    broken.set()
+    end = asyncio.get_running_loop().time() + 5
+    while studio.health()["status"] == "ok":
+        assert asyncio.get_running_loop().time() < end
+        await asyncio.sleep(0.02)
+    await second.aclose()
+    with pytest.raises(RuntimeError, match="device lost"):
+        await studio.mend()
+    assert studio.health()["status"] == "failing"
+    broken.clear()
+    await studio.mend()
+    assert studio.health()["status"] == "ok"
+
+
 # --- speech ---------------------------------------------------------------------------------------
 
 

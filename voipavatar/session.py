@@ -636,7 +636,9 @@ class Studio:
         if isinstance(persona, str):
             persona = load_persona(persona, self.settings)
         if room is not None:
-            room = dataclasses.replace(room, video=room.video.over(persona.video))
+            room = dataclasses.replace(
+                room, video=room.video.over(persona.video), name=room.name or persona.title
+            )
         name = id or uuid.uuid4().hex[:12]
         if name in self.sessions:
             raise ConfigError(f"there is a session {name!r} already")
@@ -767,6 +769,14 @@ class Studio:
         """
         renderer = await self.renderer(persona.engine)
         await renderer.probe(await self.prepare(persona))
+
+    async def mend(self) -> None:
+        """Try every engine that is failing: with no session open nothing else would draw.
+
+        Raises what the engine raises.
+        """
+        for renderer in list(self._renderers.values()):
+            await renderer.mend()
 
     async def voice(self, choices: Sequence[VoiceChoice]) -> tts.TTS[Any]:
         """The voice of these choices, loaded once. ConfigError when none of them is there."""

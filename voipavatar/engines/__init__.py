@@ -230,6 +230,7 @@ class Renderer:
         self._drawn = 0
         self._failed = 0
         self._sessions = 0
+        self._latest: Avatar | None = None
         self.failure: Exception | None = None
         """What the last batch failed with; None while drawing works."""
 
@@ -273,6 +274,7 @@ class Renderer:
     async def open(self, avatar: Avatar) -> EngineSession:
         """A session on this engine. CapacityError when drawing would not keep up with it."""
         session = await self.call(lambda engine: engine.open(avatar))
+        self._latest = avatar
         load = (self._sessions + 1) * session.spec.fps * self._cost
         if self._sessions and self._drawn > 50 and load > self.HEADROOM:
             raise CapacityError(
@@ -287,6 +289,11 @@ class Renderer:
         """Draw one idle picture now. That it works ends a `failure`; raises what it fails with."""
         await self.call(lambda engine: engine.render(engine.open(avatar).idle(1)))
         self.failure = None
+
+    async def mend(self) -> None:
+        """Where drawing fails, draw the avatar that was opened last; `probe` tells the rest."""
+        if self.failure is not None and self._latest is not None:
+            await self.probe(self._latest)
 
     def release(self) -> None:
         """A session that `open` gave is over."""
