@@ -339,7 +339,7 @@ def viewer(livekit: LiveKitServer, room: str, whom: str = "voipavatar") -> Viewe
     return Viewer(livekit.url, room, livekit.api_key, livekit.api_secret, publisher=whom)
 
 
-async def dispatched(livekit: LiveKitServer, worker: Worker, room: str, **order: str) -> None:
+async def dispatched(livekit: LiveKitServer, worker: Worker, room: str, **order: Any) -> None:
     async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
         await lk.agent_dispatch.create_dispatch(
             api.CreateAgentDispatchRequest(
@@ -463,6 +463,21 @@ async def test_it_talks_on_without_its_face_and_ends_with_the_worker(
             print(f"ended {took:.1f} s after the worker was told to, 1.0 s of which were its drain")
             assert took < 10
             await until(lambda: not user.room.remote_participants, 5, "somebody stayed behind")
+
+
+@server
+async def test_the_dispatch_says_how_its_picture_is_coded(
+    livekit: LiveKitServer, tmp_path: Path
+) -> None:
+    write(tmp_path, "instructions: x\ngreeting: hello\nstay: 1\nllm: {use: tests.hearing.Script}")
+    room = f"coded-{uuid.uuid4().hex[:6]}"
+    async with working(livekit, tmp_path, "talker") as worker, User(livekit, room) as user:
+        await dispatched(livekit, worker, room, video={"codec": "h264"})
+        await until(lambda: "voipavatar" in user.room.remote_participants, why="no face")
+        face = user.room.remote_participants["voipavatar"]
+        await until(lambda: len(face.track_publications) == 2)
+        kinds = [one.mime_type.lower() for one in face.track_publications.values()]
+        assert "video/h264" in kinds
 
 
 @server

@@ -17,14 +17,14 @@ from typing import Any
 
 import aiohttp
 from livekit import api, rtc
-from livekit.agents import Agent, AgentSession, AutoSubscribe, JobContext
+from livekit.agents import NOT_GIVEN, Agent, AgentSession, AutoSubscribe, JobContext
 from livekit.agents.job import DEFAULT_PARTICIPANT_KINDS
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF, TOPIC_CHAT
 from livekit.agents.utils import is_given
 from livekit.agents.voice.room_io import RoomOptions
 
 from .bridge import FarSession, FarStudio, post
-from .config import AgentSection, Greeting, Persona, Settings
+from .config import AgentSection, Greeting, Persona, Settings, Video
 from .errors import ConfigError, VoipAvatarError
 from .parts import Parts, build
 from .plugin import AvatarSession
@@ -49,6 +49,8 @@ class Place:
     """The avatar's, in the room."""
     name: str = ""
     """How people call it; the persona's title otherwise."""
+    video: Video = Video()
+    """How the picture is coded; what isn't given is the persona's."""
 
 
 class Conversation:
@@ -120,12 +122,16 @@ class Conversation:
     async def _face(self, session: AgentSession[Any], room: rtc.Room) -> None:
         """The avatar, before the session starts; without it the conversation is voice-only."""
         settings = self._place.settings
+        coded = self._place.video.over(self._persona.video)
         avatar = AvatarSession(
             persona=self._persona,
             mode="local",
             avatar_participant_identity=self._place.identity,
             avatar_participant_name=self._place.name or self._persona.title or self._persona.name,
             studio=self._studio,
+            video_codec=coded.codec or NOT_GIVEN,
+            video_bitrate=coded.bitrate or NOT_GIVEN,
+            simulcast=NOT_GIVEN if coded.simulcast is None else coded.simulcast,
         )
         try:
             await avatar.start(

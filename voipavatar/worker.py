@@ -31,7 +31,7 @@ from .agentstream import DISPATCH, AgentStream
 from .bridge import FarStudio
 from .config import Persona, Settings, Video, first_mistake, list_personas, load_persona
 from .conversation import Conversation, Place
-from .errors import CapacityError, ConfigError, VoipAvatarError
+from .errors import CapacityError, ConfigError, TransportError, VoipAvatarError
 from .feed import fed, options_for, queue_of
 from .follow import Follow
 from .parts import rehearse
@@ -171,7 +171,8 @@ class Worker:
             await self._rehearse_others()
             if not self.capacity:
                 self.capacity = await _measure(studio, self._personas[0])
-            server = self._server = AgentServer(
+            server = self._server = _Server(
+                self._end,
                 job_executor_type=JobExecutorType.THREAD,
                 load_fnc=self._load,
                 load_threshold=float("inf"),  # `_request` decides, and passes on what is too much
@@ -204,9 +205,14 @@ class Worker:
                 await self._leave(server)
                 await asyncio.gather(serving, return_exceptions=True)
                 raise
+            except RuntimeError as error:  # livekit-agents gives up after some two minutes
+                raise TransportError(
+                    f"the worker can't register at {self.settings.livekit_url}: {error}. Is the "
+                    "server running, and are LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET "
+                    "the server's?"
+                ) from None
             finally:
-                if not serving.done():
-                    await server.aclose()
+                await server.aclose()
 
     def _registered(self) -> None:
         logger.info("registered", extra={"capacity": self.capacity})
@@ -216,12 +222,25 @@ class Worker:
     async def _leave(self, server: AgentServer) -> None:
         self._draining = True
         try:
-            await server.drain(timeout=int(self._drain))
+            # It takes whole seconds, and 0 for no limit.
+            await within(server.drain(timeout=None), self._drain)
         except asyncio.TimeoutError:
             logger.warning("rooms were still open when the time to drain was over")
-            for conversation in list(self._conversations.values()):
-                conversation.end()
+            for job in list(self._taken):
+                self._end(job)
         await server.aclose()
+
+    def _end(self, job: str) -> None:
+        """Let a room's avatar say what it is saying, and leave. livekit-agents by itself waits for
+        it, and breaks off after a quarter of a minute."""
+        conversation = self._conversations.get(job)
+        if conversation is not None:
+            conversation.end()
+        session = self._studio.sessions.get(job) if self._studio is not None else None
+        if conversation is None and session is not None:
+            task = asyncio.create_task(session.aclose(FAREWELL), name="worker-end")
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
 
     async def _mend(self, studio: Studio) -> None:
         """An engine that fails is tried again: with no room open nothing else would draw."""
@@ -230,7 +249,7 @@ class Worker:
             if studio.health()["status"] == "ok":
                 continue
             try:
-                await studio.probe(self._persona(""))
+                await studio.mend()
                 logger.info("the engine draws again")
             except Exception as error:  # an engine is a plug-in; /health goes on telling
                 logger.info("the engine still fails", extra={"error": type(error).__name__})
@@ -389,7 +408,7 @@ class Worker:
         """A whole conversation, in the job's own thread, with an avatar on the worker's loop."""
         assert self._loop is not None and self._studio is not None
         id = job.job.id
-        place = Place(self.settings, order.identity, order.name)
+        place = Place(self.settings, order.identity, order.name, order.video)
         studio = FarStudio(self._studio, self._loop, id)
         conversation = self._conversations[id] = Conversation(persona, place, studio)
         metrics.SESSIONS.inc()
@@ -577,6 +596,18 @@ class Worker:
             ) from None
         host, port = runner.addresses[0][:2]
         self.url = f"http://{host}:{port}"
+
+
+class _Server(AgentServer):
+    """One that tells which job the LiveKit server wants ended: its request was taken back."""
+
+    def __init__(self, on_end: Callable[[str], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._on_end = on_end
+
+    async def _handle_termination(self, msg: Any) -> None:
+        self._on_end(str(msg.job_id))
+        await super()._handle_termination(msg)
 
 
 def _talks(persona: Persona, order: Order) -> bool:
