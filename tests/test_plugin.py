@@ -94,6 +94,21 @@ async def test_a_local_avatar_says_shows_and_reports(livekit: LiveKitServer) -> 
     assert not room.isconnected()
 
 
+async def test_it_is_called_as_its_persona_is_titled(livekit: LiveKitServer) -> None:
+    titled = CLAPPER.model_copy(update={"title": "The Clapper"})
+    for wanted, more in (("The Clapper", {}), ("Ada", {"avatar_participant_name": "Ada"})):
+        async with Joined(livekit, new_room("titled")) as room:
+            session = agent_session()
+            avatar = AvatarSession(persona=titled, mode="local", **more)
+            try:
+                await avatar.start(session, room, **keys(livekit))
+                await avatar.wait_for_join(timeout=10)
+                assert room.remote_participants["voipavatar"].name == wanted
+            finally:
+                await session.aclose()
+                await avatar.aclose()
+
+
 async def test_metrics_tell_when_it_joined_and_how_late_it_speaks(livekit: LiveKitServer) -> None:
     async with Joined(livekit, new_room("metrics")) as room:
         session = agent_session("one two three")
@@ -306,8 +321,11 @@ async def test_what_is_missing_is_named(
             await avatar.start(session, room)
         with pytest.raises(VoipAvatarException, match="already"):
             await avatar.start(session, room, **keys(livekit))
+        nobody = AvatarSession(persona="nobody", mode="local")
+        with pytest.raises(VoipAvatarException, match="nobody"):
+            await nobody.start(session, room, **keys(livekit))
         wrong = AvatarSession(persona=CLAPPER)
-        with pytest.raises(Exception, match="LIVEKIT_API_SECRET"):
+        with pytest.raises(VoipAvatarException, match="LIVEKIT_API_SECRET"):
             await wrong.start(session, room, **{**keys(livekit), "livekit_api_secret": "x" * 40})
         assert session.output.audio is None
         assert not room.remote_participants

@@ -95,10 +95,11 @@ async def ask(url: str) -> AvatarSession:
 
 
 async def test_trouble_at_the_server_is_asked_again() -> None:
-    server = FakeServer(503, 500)
+    """Also a 408: what the server answers when its own inner call was too slow."""
+    server = FakeServer(503, 500, 408)
     async with server.running() as url:
         await ask(url)
-    assert server.asked == 3 and len(server.created) == 1
+    assert server.asked == 4 and len(server.created) == 1
 
 
 async def test_a_refusal_is_not() -> None:
@@ -122,6 +123,19 @@ async def test_an_answer_that_is_lost_makes_no_second_avatar() -> None:
     async with server.running() as url:
         await ask(url)
     assert server.asked == 1 and len(server.created) == 1
+
+
+async def test_a_handler_that_fails_does_not_end_looking_after_the_avatar(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One for both events takes an argument that only one of them has."""
+    avatar = AvatarSession(mode="dispatch")
+    heard: list[str] = []
+    avatar.on("avatar_joined", lambda why: heard.append(why))
+    avatar.on("avatar_lost", lambda why: heard.append(why))
+    avatar._news("avatar_joined")
+    avatar._lose("it left")
+    assert heard == ["it left"] and "a handler failed" in caplog.text
 
 
 async def test_nobody_there_says_what_to_check() -> None:

@@ -19,7 +19,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import aiohttp
@@ -282,6 +282,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             agent_session.on(event, self._attend)
         if self._mode == "dispatch":
             self._keeper = asyncio.create_task(self._keep(room, agent), name="avatar-keeper")
+            self._keeper.add_done_callback(self._kept)
 
     def _published(self, room: rtc.Room) -> list[rtc.RemoteTrackPublication]:
         avatar = room.remote_participants.get(self._identity)
@@ -303,20 +304,22 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
     ) -> None:
         studio = self._studio
         if studio is None:
-            studio = self._own_studio = Studio(Settings.from_env())
+            with _told():
+                studio = self._own_studio = Studio(Settings.from_env())
         options = RoomOptions(
             url,
             self._room_name,
             key,
             secret,
             identity=self._identity,
-            name=self._name or _title(self._persona),
+            name=self._name,
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: agent},
             ttl=TTL,
             video=self._video,
             guests=(Mute(),),
         )
-        self._avatar = await studio.open(self._persona, room=options)
+        with _told():
+            self._avatar = await studio.open(self._persona, room=options)
         mouthpiece.use(Direct(self._avatar.open_turn, lambda: self._avatar.closing))
         self._here.set()
         self._keeper = asyncio.create_task(self._keep_local(), name="avatar-keeper")
@@ -401,27 +404,44 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
     async def _unask(self, room: str, patience: float = 0.0) -> None:
         """Take the request back, so that the server ends its job, and free the identity.
 
-        An avatar that answers leaves by itself within `patience` seconds. One that is thrown out
-        can't free what its native library holds: a thread and a megabyte each time.
+        An avatar that answers leaves by itself within `patience` seconds, and so does one whose
+        job has ended. One that is thrown out can't free what its native library holds: a thread and
+        a megabyte each time.
         """
         if self._api is None:
             return
-        dispatch = self._dispatch
-        if patience and self._room is not None and _seen(self._room, self._identity):
-            await self._asked_to_leave(self._room)
+        dispatch, here = self._dispatch, self._room
+        if here is not None and not here.isconnected():
+            here = None  # a job's room is left before its avatars are closed
+        if patience and here is not None and _seen(here, self._identity):
+            await self._asked_to_leave(here)
         if dispatch is not None:
             await self._cleaned(self._api.agent_dispatch.delete_dispatch(dispatch, room))
             self._dispatch = None  # not sooner: who is cancelled in between leaves it to the next
             end = time.monotonic() + patience
-            while time.monotonic() < end and self._room is not None:
-                if self._identity not in self._room.remote_participants:
+            while time.monotonic() < end:
+                if here is None and not await self._inside(room):
                     return
-                await asyncio.sleep(0.02)
+                if here is not None and self._identity not in here.remote_participants:
+                    return
+                await asyncio.sleep(0.02 if here is not None else 0.2)
         await self._cleaned(
             self._api.room.remove_participant(
                 api.RoomParticipantIdentity(room=room, identity=self._identity)
             )
         )
+
+    async def _inside(self, room: str) -> bool:
+        """Whether the server still counts the avatar among those in the room."""
+        assert self._api is not None
+        who = api.RoomParticipantIdentity(room=room, identity=self._identity)
+        try:
+            await within(self._api.room.get_participant(who), 5.0)
+        except api.TwirpError as error:
+            return bool(error.code != "not_found")
+        except (aiohttp.ClientError, asyncio.TimeoutError):
+            return True
+        return True
 
     async def _assigned(self) -> bool:
         """Whether the server has given the request to a worker, as far as it tells."""
@@ -496,6 +516,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
                 self._trouble = "the agent's own connection is gone"
                 return False
             connected = room.isconnected()
+            if not connected:
+                end = now + patience  # it can't be seen before
             if _seen(room, self._identity):
                 return True
             if self._failure:
@@ -530,7 +552,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         self._wired = True
         self._mouthpiece.use(self._wire)
         self._here.set()
-        self.emit("avatar_joined")
+        self._news("avatar_joined")
         if self.lost:
             logger.info("the avatar is back")
             while any(not one.over for one in self._mouthpiece.pending):
@@ -596,7 +618,19 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             logger.info("there is still no avatar", extra={"reason": reason})
             return
         logger.warning("there is no avatar: the agent speaks voice-only", extra={"reason": reason})
-        self.emit("avatar_lost", reason)
+        self._news("avatar_lost", reason)
+
+    def _news(self, event: Literal["avatar_lost", "avatar_joined"], *about: str) -> None:
+        try:
+            self.emit(event, *about)
+        except Exception:  # somebody else's mistake must not be the end of looking after the avatar
+            logger.exception("a handler failed", extra={"event": event})
+
+    def _kept(self, keeper: asyncio.Task[None]) -> None:
+        """Nobody looks after the avatar any more, which must not happen in silence."""
+        if not keeper.cancelled() and keeper.exception() is not None:
+            logger.error("looking after the avatar failed", exc_info=keeper.exception())
+            self._lose("an error of the plugin's own")
 
     # -- another face ------------------------------------------------------------------------------
 
@@ -609,7 +643,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if not self._here.is_set() or self._room is None:
             raise VoipAvatarException("there is no avatar to change now: wait_for_join() first")
         if self._mode == "local":
-            await self._avatar.swap_persona(persona)
+            with _told():
+                await self._avatar.swap_persona(persona)
         elif isinstance(persona, Persona):
             raise VoipAvatarException("mode=dispatch takes a persona by name: the worker loads it")
         else:
@@ -746,8 +781,7 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             room.off("track_published", self._unwatched)
         if room is not None and self._mode == "dispatch":
             room.off("data_received", self._answered)
-            if room.isconnected():
-                await self._unask(self._room_name, GOODBYE)
+            await self._unask(self._room_name, GOODBYE)
         if room is not None and self._wired:
             unanswer(room)  # not sooner: an avatar that leaves still reports
         if self._avatar is not None:
@@ -765,6 +799,18 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
 
 
 # --- small things ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong with an avatar in this process, as the plugin's own error."""
+    try:
+        yield
+    except VoipAvatarException:
+        raise
+    except VoipAvatarError as error:
+        raise VoipAvatarException(str(error)) from error
+
 
 _TURNS: tuple[Literal["agent_state_changed", "user_state_changed"], ...] = (
     "agent_state_changed",
@@ -879,10 +925,6 @@ def _place(room: rtc.Room) -> tuple[str, str]:
     return str(room.name), str(room.local_participant.identity)
 
 
-def _title(persona: str | Persona) -> str:
-    return persona.title or persona.name if isinstance(persona, Persona) else ""
-
-
 def _seen(room: rtc.Room, identity: str) -> bool:
     """Whether the participant is in the room and shows a picture."""
     one = room.remote_participants.get(identity)
@@ -904,7 +946,6 @@ async def _retried(work: Callable[[], Awaitable[T]], options: APIConnectOptions)
                 "the LiveKit server refused the request for an avatar",
                 status_code=status,
                 body={"code": found.code},
-                retryable=status >= 500 or status == 429,
             )
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as found:
             error = APIConnectionError(
