@@ -96,10 +96,10 @@ async def test_a_local_avatar_says_shows_and_reports(livekit: LiveKitServer) -> 
 
 async def test_it_is_called_as_its_persona_is_titled(livekit: LiveKitServer) -> None:
     titled = CLAPPER.model_copy(update={"title": "The Clapper"})
-    for wanted, more in (("The Clapper", {}), ("Ada", {"avatar_participant_name": "Ada"})):
+    for given, wanted in (("", "The Clapper"), ("Ada", "Ada")):
         async with Joined(livekit, new_room("titled")) as room:
             session = agent_session()
-            avatar = AvatarSession(persona=titled, mode="local", **more)
+            avatar = AvatarSession(persona=titled, mode="local", avatar_participant_name=given)
             try:
                 await avatar.start(session, room, **keys(livekit))
                 await avatar.wait_for_join(timeout=10)

@@ -143,8 +143,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             if isinstance(persona, Persona)
             else _setting("persona", persona, str, "default")
         )
-        self._agent_name = _setting("agent_name", agent_name, str, "")
-        self._mode = _setting("mode", mode, str, "dispatch" if self._agent_name else "local")
+        self._agent_name: str = _setting("agent_name", agent_name, str, "")
+        self._mode: str = _setting("mode", mode, str, "dispatch" if self._agent_name else "local")
         if self._mode not in ("local", "dispatch"):
             raise VoipAvatarException(
                 f"mode={self._mode!r} (or VOIPAVATAR_MODE) can't be used: it is local or dispatch"
@@ -152,19 +152,19 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         if self._mode == "dispatch" and isinstance(self._persona, Persona):
             raise VoipAvatarException("mode=dispatch takes a persona by name: the worker loads it")
         self._agent_name = self._agent_name or AGENT_NAME
-        self._identity = _setting(
+        self._identity: str = _setting(
             "avatar_participant_identity", avatar_participant_identity, str, IDENTITY
         )
-        self._name = _setting("avatar_participant_name", avatar_participant_name, str, "")
+        self._name: str = _setting("avatar_participant_name", avatar_participant_name, str, "")
         self._video = _video(
             ("video_codec", "codec", video_codec),
             ("video_bitrate", "bitrate", video_bitrate),
             ("simulcast", "simulcast", simulcast),
         )
-        self._join_timeout = _setting("join_timeout", join_timeout, _Seconds, 20.0)
+        self._join_timeout: float = _setting("join_timeout", join_timeout, _Seconds, 20.0)
         self._studio: OpensAvatars | None = studio or None
         self._own_studio: Studio | None = None
-        self._captions = _setting("captions", captions, bool, True)
+        self._captions: bool = _setting("captions", captions, bool, True)
         self._conn_options = conn_options
         self._started = False
         self._starting: asyncio.Task[None] | None = None
