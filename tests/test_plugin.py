@@ -321,6 +321,10 @@ async def test_what_is_missing_is_named(
             await avatar.start(session, room)
         with pytest.raises(VoipAvatarException, match="already"):
             await avatar.start(session, room, **keys(livekit))
+        shut = AvatarSession(persona=CLAPPER, mode="local")
+        await shut.aclose()
+        with pytest.raises(VoipAvatarException, match="closed already"):
+            await shut.start(session, room, **keys(livekit))
         nobody = AvatarSession(persona="nobody", mode="local")
         with pytest.raises(VoipAvatarException, match="nobody"):
             await nobody.start(session, room, **keys(livekit))

@@ -233,6 +233,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         """
         if self._started:
             raise VoipAvatarException("start() was called already: an AvatarSession starts once")
+        if self._closing is not None:
+            raise VoipAvatarException("the avatar was closed already: make another AvatarSession")
         self._started = True
         url = _given("livekit_url", livekit_url)
         key = _given("livekit_api_key", livekit_api_key)
@@ -247,7 +249,8 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
         except asyncio.CancelledError:
             await self.aclose()
             raise
-        if work.cancelled():
+        if self._closing is not None:
+            await self.aclose()
             raise VoipAvatarException("the avatar was closed while it started")
         try:
             work.result()
