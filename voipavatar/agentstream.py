@@ -37,7 +37,8 @@ PLAYBACK_FINISHED = "lk.playback_finished"
 PERSONA = "voipavatar.persona"
 """Beyond the protocol: become another persona on air; the payload is its name."""
 LEAVE = "voipavatar.leave"
-"""Beyond the protocol: leave the room by yourself; "ok" once it is about to."""
+"""Beyond the protocol: leave the room by yourself; "ok" once it is about to. A message on the topic
+of that name asks for the same, where it comes from the server: of an agent that is gone already."""
 GESTURE = "voipavatar.gesture"
 """Beyond the protocol: make a gesture; the payload is its name."""
 SEGMENT = "voipavatar.segment"
@@ -207,6 +208,7 @@ class AgentStream:
         room.on("participant_disconnected", self._left)
         room.on("participant_connected", self._came)
         room.on("participant_attributes_changed", self._changed)
+        room.on("data_received", self._sent_away)
         self._gone.clear()
         disregard(room)
 
@@ -406,6 +408,11 @@ class AgentStream:
             raise rtc.RpcError(1403, "only the agent may send the avatar away")
         self._leaving = asyncio.create_task(self._left_by_itself(), name="agent-leave")
         return "ok"
+
+    def _sent_away(self, packet: rtc.DataPacket) -> None:
+        # Only a server's own key can send without being a participant.
+        if packet.topic == LEAVE and packet.participant is None and not self._closed:
+            self._leaving = asyncio.create_task(self._left_by_itself(), name="agent-leave")
 
     async def _left_by_itself(self) -> None:
         await asyncio.sleep(0.05)  # for the answer to get away

@@ -418,6 +418,11 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             here = None  # a job's room is left before its avatars are closed
         if patience and here is not None and _seen(here, self._identity):
             await self._asked_to_leave(here)
+        elif patience and here is None and dispatch is not None:
+            packet = api.SendDataRequest(
+                room=room, topic=LEAVE, destination_identities=[self._identity]
+            )
+            await self._cleaned(self._api.room.send_data(packet))
         if dispatch is not None:
             await self._cleaned(self._api.agent_dispatch.delete_dispatch(dispatch, room))
             self._dispatch = None  # not sooner: who is cancelled in between leaves it to the next
