@@ -469,7 +469,11 @@ async def test_it_talks_on_without_its_face_and_ends_with_the_worker(
 async def test_the_dispatch_says_how_its_picture_is_coded(
     livekit: LiveKitServer, tmp_path: Path
 ) -> None:
-    write(tmp_path, "instructions: x\ngreeting: hello\nstay: 1\nllm: {use: tests.hearing.Script}")
+    write(
+        tmp_path,
+        "instructions: x\ngreeting: hello\nstay: 1\n"
+        "llm: {use: tests.hearing.Script, options: {lines: []}}",
+    )
     room = f"coded-{uuid.uuid4().hex[:6]}"
     async with working(livekit, tmp_path, "talker") as worker, User(livekit, room) as user:
         await dispatched(livekit, worker, room, video={"codec": "h264"})
