@@ -23,7 +23,7 @@ from livekit.agents import AgentSession
 from prometheus_client.parser import text_string_to_metric_families
 
 from voipavatar.config import Settings, Video
-from voipavatar.engines import Job
+from voipavatar.engines import Job, Renderer
 from voipavatar.engines.clapper import ClapperEngine
 from voipavatar.errors import ConfigError, EngineError
 from voipavatar.livekit_server import LiveKitServer
@@ -160,6 +160,62 @@ async def test_a_machine_that_is_too_slow_for_one_room_is_told(
     assert "hardly keeps up" not in caplog.text
     assert await _measure(studio, "clapper") == 1
     assert "hardly keeps up" in caplog.text
+
+
+async def test_an_engine_is_tried_with_speech_too() -> None:
+    """One that shows a film of its own until somebody speaks idles well without its device."""
+
+    class Film(ClapperEngine):
+        dead = True
+
+        def render(self, jobs: Sequence[Job]) -> list[UInt8]:
+            if self.dead and any(job.speech for job in jobs):
+                raise EngineError("the device is gone")
+            return super().render(jobs)
+
+    engine = Film()
+    renderer = Renderer(lambda: engine)
+    try:
+        await renderer.start()
+        avatar = await renderer.prepare(Path(), Path(), {}, lambda what, share: None)
+        renderer.failure = EngineError("the device is gone")
+        with pytest.raises(EngineError):
+            await renderer.probe(avatar)
+        assert renderer.failure is not None, "one idle picture made it well"
+        engine.dead = False
+        await renderer.probe(avatar)
+        assert renderer.failure is None
+    finally:
+        await renderer.aclose()
+
+
+@server
+async def test_every_persona_has_spoken_before_a_worker_is_ready(
+    livekit: LiveKitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first room is no slower than the next one, also where the capacity was given."""
+    spoken: list[str] = []
+
+    def listened(name: str) -> Any:
+        make = ENGINES[name]
+
+        def made(settings: Settings) -> Any:
+            engine = make(settings)
+            draw = engine.render
+
+            def render(jobs: Sequence[Job]) -> list[UInt8]:
+                spoken.extend(name for job in jobs if job.speech)
+                return draw(jobs)
+
+            monkeypatch.setattr(engine, "render", render)
+            return engine
+
+        return made
+
+    for name in ("clapper", "viseme"):
+        monkeypatch.setitem(ENGINES, name, listened(name))
+    async with working(livekit, unique("warm"), personas=("clapper", "default")):
+        assert set(spoken) == {"clapper", "viseme"}
 
 
 @server

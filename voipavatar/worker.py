@@ -162,7 +162,9 @@ class Worker:
             self._studio = studio
             for name in self._personas:
                 persona = load_persona(name, self.settings)
-                await studio.prepare(persona)
+                for look in persona.idles:
+                    await studio.prepare(persona.look(look))
+                await studio.probe(persona)  # what is slow the first time is done before a room
                 await self._rehearse(persona)
             if not self.agent_name and self._persona("").agent is None:
                 raise ConfigError(
