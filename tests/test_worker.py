@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -26,13 +27,15 @@ from voipavatar.config import Settings, Video
 from voipavatar.engines import Job, Renderer
 from voipavatar.engines.clapper import ClapperEngine
 from voipavatar.errors import ConfigError, EngineError
-from voipavatar.livekit_server import LiveKitServer
+from voipavatar.livekit_server import LiveKitServer, free_port
 from voipavatar.media import UInt8
 from voipavatar.plugin import AvatarJoinTimeout, AvatarSession, VoipAvatarException
 from voipavatar.session import ENGINES
 from voipavatar.viewer import Viewer
 from voipavatar.worker import Order, Worker, _measure
 
+from . import servers
+from .conftest import MakeLiveKit
 from .realtime import Speaking
 from .scripted import Joined, Plain, agent_session, said
 from .workers import environment, registered, settings_of
@@ -70,11 +73,15 @@ async def working(livekit: LiveKitServer, name: str, **more: Any) -> AsyncIterat
 
 @asynccontextmanager
 async def process(
-    livekit: LiveKitServer, name: str, persona: str = "clapper", personas: Path | None = None
+    livekit: LiveKitServer,
+    name: str,
+    persona: str = "clapper",
+    personas: Path | None = None,
+    port: int = 0,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A worker as a person runs it."""
+    """A worker as a person runs it; /health and /metrics are at `port`, if that was given."""
     env = environment(livekit, VOIPAVATAR_PERSONAS=str(personas or ""))
-    command = f"worker --sessions 2 --persona {persona} --port 0 --drain 8 --name".split()
+    command = f"worker --sessions 2 --persona {persona} --port {port} --drain 8 --name".split()
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "voipavatar", *command, name, env=env,
         stderr=asyncio.subprocess.PIPE,
@@ -466,6 +473,55 @@ async def test_a_dead_engine_is_told_and_nobody_is_taken(
 
 
 @server
+async def test_health_tells_of_a_server_that_is_away(
+    make_livekit: MakeLiveKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("voipavatar.worker.AWAY", 1.0)
+    livekit = await make_livekit()
+    async with working(livekit, unique("away")) as worker, aiohttp.ClientSession() as http:
+
+        async def health(status: int, limit: float) -> dict[str, Any]:
+            end = time.monotonic() + limit
+            while True:
+                answer = await http.get(worker.url + "/health")
+                found: dict[str, Any] = await answer.json()
+                if answer.status == status:
+                    return found
+                assert time.monotonic() < end, found
+                await asyncio.sleep(0.05)
+
+        assert (await health(200, 1.0))["connected"]
+        await livekit.kill()
+        found = await health(503, 5.0)
+        assert found["status"] == "disconnected" and not found["connected"]
+        assert not any(engine["failure"] for engine in found["engines"].values())
+        await livekit.start()
+        found = await health(200, 15.0)  # it is called at most every 10 s
+        assert found["status"] == "ok" and found["connected"]
+
+
+async def test_health_is_not_good_before_the_server_was_reached() -> None:
+    settings = dataclasses.replace(
+        Settings.from_env({}),
+        livekit_url=f"ws://127.0.0.1:{free_port()}",
+        livekit_api_key="devkey",
+        livekit_api_secret="secret" * 6,
+    )
+    worker = Worker(settings, capacity=1, personas=("clapper",))
+    task = asyncio.create_task(worker.run())
+    try:
+        async with aiohttp.ClientSession() as http:
+            while not worker.url:
+                assert not task.done(), task.result()
+                await asyncio.sleep(0.02)
+            answer = await http.get(worker.url + "/health")
+            assert answer.status == 503 and (await answer.json())["status"] == "disconnected"
+    finally:
+        task.cancel()
+        await asyncio.wait([task], timeout=15)
+
+
+@server
 async def test_an_agent_that_was_started_anew_has_the_avatar(livekit: LiveKitServer) -> None:
     """Its predecessor was killed: it left no word, and the avatar is in the room still."""
     name, place = unique("anew"), unique("room")
@@ -577,14 +633,18 @@ async def test_another_worker_takes_over_from_one_that_drains(livekit: LiveKitSe
 
 
 @server
-async def test_sigterm_drains(livekit: LiveKitServer) -> None:
-    name, room_name = unique("drain"), unique("room")
-    async with process(livekit, name) as child:
+async def test_sigterm_drains(livekit: LiveKitServer, ports: servers.Ports) -> None:
+    name, room_name, port = unique("drain"), unique("room"), ports()
+    async with process(livekit, name, port=port) as child, aiohttp.ClientSession() as http:
         async with talking(livekit, room_name, name) as (session, avatar, _):
             await avatar.wait_for_join(timeout=20)
             handle = session.say("one two three four five six seven eight")
             await asyncio.sleep(0.7)
             child.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.5)
+            answer = await http.get(f"http://127.0.0.1:{port}/health")
+            found = await answer.json()
+            assert answer.status == 200 and found["draining"], "whoever probes it would end it"
             await asyncio.wait_for(handle.wait_for_playout(), 10)
             assert not handle.interrupted and child.returncode is None, "it ended in mid-sentence"
         assert await asyncio.wait_for(child.wait(), 25) == 0, "to drain is how a worker ends"
