@@ -283,6 +283,59 @@ async def test_a_dispatched_avatar_speaks_and_is_interrupted(livekit: LiveKitSer
 
 
 @server
+async def test_it_is_seen_within_two_seconds_though_nobody_listens(livekit: LiveKitServer) -> None:
+    """The promise of a warm worker, by the best of three: the machine may have other work. Nobody
+    has subscribed to anything by then, and nobody ever does to its sound."""
+    name = unique("joins")
+    took: list[float] = []
+    async with working(livekit, name):
+        for _ in range(3):
+            place = unique("joins")
+            avatar = AvatarSession(persona="clapper", agent_name=name)
+            async with (
+                Joined(livekit, place, subscribe=False) as room,
+                Joined(livekit, place, "observer", "standard", subscribe=False) as observer,
+            ):
+                begin = time.monotonic()
+                session = agent_session()
+                try:
+                    await avatar.start(session, room, **keys(livekit))
+                    await avatar.wait_for_join(timeout=20)
+                    took.append(time.monotonic() - begin)
+                    await seen_alone(observer)
+                finally:
+                    await session.aclose()
+                    await avatar.aclose()
+    print("start to joined:", ", ".join(f"{one:.2f} s" for one in took))
+    assert min(took) <= 2.0
+
+
+async def seen_alone(observer: rtc.Room) -> None:
+    """The avatar is on show before anybody subscribes, and can be seen without being heard."""
+    end = time.monotonic() + 5
+    while len(shown := publications(observer)) < 2:
+        assert time.monotonic() < end, "the observer is not told of it"
+        await asyncio.sleep(0.01)
+    assert not any(one.subscribed for one in shown)
+    there: asyncio.Future[rtc.Track] = asyncio.get_running_loop().create_future()
+    observer.once("track_subscribed", lambda track, *_: there.set_result(track))
+    (picture,) = (one for one in shown if one.kind == rtc.TrackKind.KIND_VIDEO)
+    picture.set_subscribed(True)
+    stream = rtc.VideoStream(await asyncio.wait_for(there, 5))
+    try:
+        await asyncio.wait_for(stream.__anext__(), 5)
+    finally:
+        await stream.aclose()
+    assert [one.kind for one in publications(observer) if one.subscribed] == [picture.kind]
+
+
+def publications(room: rtc.Room) -> list[rtc.RemoteTrackPublication]:
+    """The avatar's."""
+    avatar = room.remote_participants.get("voipavatar")
+    return list(avatar.track_publications.values()) if avatar is not None else []
+
+
+@server
 async def test_another_persona_on_air(livekit: LiveKitServer) -> None:
     name, room_name = unique("swap"), unique("room")
     async with working(livekit, name, personas=("clapper", "default")):
