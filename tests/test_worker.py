@@ -29,7 +29,7 @@ from voipavatar.engines import Job, Renderer
 from voipavatar.engines.clapper import ClapperEngine
 from voipavatar.errors import ConfigError, EngineError
 from voipavatar.livekit_server import LiveKitServer, free_port
-from voipavatar.media import UInt8
+from voipavatar.media import FRAME_RATE, UInt8
 from voipavatar.plugin import AvatarJoinTimeout, AvatarSession, VoipAvatarException
 from voipavatar.session import ENGINES
 from voipavatar.viewer import Viewer
@@ -462,6 +462,71 @@ async def test_an_avatar_that_is_killed_comes_back(livekit: LiveKitServer) -> No
                 print(f"back {time.monotonic() - begin:.1f} s after a worker was")
                 await said(session, "one two")
                 assert events[-1] == "joined"
+
+
+@server
+@pytest.mark.slow
+async def test_an_avatar_that_freezes_is_spoken_for_and_taken_back(livekit: LiveKitServer) -> None:
+    """Its connection stands and its tracks are there; only nothing comes of it any more."""
+    name, place = unique("frozen"), unique("room")
+    where = (livekit.url, place, livekit.api_key, livekit.api_secret)
+    lost: list[float] = []
+    async with (
+        process(livekit, name) as child,
+        talking(livekit, place, name) as (session, avatar, room),
+        Viewer(*where, identity="sees-avatar") as face,
+        Viewer(*where, identity="sees-agent", publisher="agent") as own,
+    ):
+        avatar.on("avatar_lost", lambda why: lost.append(time.monotonic()))
+        await avatar.wait_for_join(timeout=20)
+        handle = session.say(" ".join(["word"] * 24))  # six seconds
+        await asyncio.sleep(1.5)
+        begin = time.monotonic()
+        child.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.wait_for(handle.wait_for_playout(), 25)
+            ended = time.monotonic() - begin
+            assert lost and not handle.interrupted and not avatar.joined
+            await asyncio.sleep(0.5)
+            first, rest = loud_since(face), loud_since(own)
+            print(
+                f"lost after {lost[0] - begin:.1f} s; the sentence ended after {ended:.1f} s, "
+                f"{first:.2f} s of it by the avatar, {rest:.2f} by the agent"
+            )
+            assert lost[0] - begin <= 10.0
+            # What was heard since the last sign of life is said again, and no more of it.
+            assert 5.8 <= first + rest <= 8.0
+            await said(session, "voice only")
+            await asyncio.sleep(0.5)
+        finally:
+            child.send_signal(signal.SIGCONT)
+        begin = time.monotonic()
+        marks = end_of(face), end_of(own)
+        await avatar.wait_for_join(timeout=40)
+        print(f"back {time.monotonic() - begin:.1f} s after it went on")
+        for _ in range(4):
+            await said(session, "one two three four")
+        await asyncio.sleep(1.0)
+        heard = [loud_since(seen, mark) for seen, mark in zip((face, own), marks, strict=True)]
+        print(
+            f"4 s were said, heard were {heard[0]:.2f} s of the avatar, {heard[1]:.2f} of the agent"
+        )
+        assert sum(heard) == pytest.approx(4.0, abs=0.3), "said twice, or by nobody"
+        avatars = [one for one in room.remote_participants if one.startswith("voipavatar")]
+        assert avatars == ["voipavatar"]
+        assert not room.local_participant.track_publications, "two voices"
+
+
+def end_of(seen: Viewer) -> int:
+    """The number of the sample that it hears next."""
+    pcm, begin = seen.heard()
+    return begin + len(pcm)
+
+
+def loud_since(seen: Viewer, mark: int = 0) -> float:
+    """Seconds of speech that it has heard since that sample."""
+    spans = seen.loud_spans(gap=0.05)
+    return sum(end - max(mark, begin) for begin, end in spans if end > mark) / FRAME_RATE
 
 
 @server
