@@ -42,14 +42,20 @@ class Joined:
     """A participant of one's own: an agent's room, or a plain one's."""
 
     def __init__(
-        self, livekit: LiveKitServer, room: str, identity: str = "agent", kind: str = "agent"
+        self,
+        livekit: LiveKitServer,
+        room: str,
+        identity: str = "agent",
+        kind: str = "agent",
+        subscribe: bool = True,
     ) -> None:
         self.room = rtc.Room()
         self._url = livekit.url
         self._token = token(livekit, room, identity, kind)
+        self._options = rtc.RoomOptions(auto_subscribe=subscribe, connect_timeout=15.0)
 
     async def __aenter__(self) -> rtc.Room:
-        await connect(self.room, self._url, self._token, rtc.RoomOptions(connect_timeout=15.0))
+        await connect(self.room, self._url, self._token, self._options)
         return self.room
 
     async def __aexit__(self, *exc: object) -> None:

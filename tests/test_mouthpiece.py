@@ -182,8 +182,11 @@ async def test_a_voice_that_waited_was_not_heard_meanwhile(monkeypatch: pytest.M
     assert module._heard(segment, None) == pytest.approx(1.0, abs=0.03)
     assert module._heard(segment, now[0] - 0.2) == pytest.approx(0.8, abs=0.03)
     segment.flushed = True
+    over = now[0] + 0.5
     now[0] += 60.0
     assert module._heard(segment, None) == pytest.approx(1.5), "no more than there was"
+    # Lost before its end, and that was noticed long after it.
+    assert module._heard(segment, over - 0.3) == pytest.approx(1.2, abs=0.03)
     # Another route goes on with it: what was played before is not counted again.
     segment.resume_at(1.0)
     assert module._heard(segment, None) == 0.0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 import signal
+import statistics
 import sys
 import time
 import uuid
@@ -23,16 +25,18 @@ from livekit.agents import AgentSession
 from prometheus_client.parser import text_string_to_metric_families
 
 from voipavatar.config import Settings, Video
-from voipavatar.engines import Job
+from voipavatar.engines import Job, Renderer
 from voipavatar.engines.clapper import ClapperEngine
 from voipavatar.errors import ConfigError, EngineError
-from voipavatar.livekit_server import LiveKitServer
-from voipavatar.media import UInt8
+from voipavatar.livekit_server import LiveKitServer, free_port
+from voipavatar.media import FRAME_RATE, UInt8
 from voipavatar.plugin import AvatarJoinTimeout, AvatarSession, VoipAvatarException
 from voipavatar.session import ENGINES
 from voipavatar.viewer import Viewer
 from voipavatar.worker import Order, Worker, _measure
 
+from . import servers
+from .conftest import MakeLiveKit
 from .realtime import Speaking
 from .scripted import Joined, Plain, agent_session, said
 from .workers import environment, registered, settings_of
@@ -70,11 +74,15 @@ async def working(livekit: LiveKitServer, name: str, **more: Any) -> AsyncIterat
 
 @asynccontextmanager
 async def process(
-    livekit: LiveKitServer, name: str, persona: str = "clapper", personas: Path | None = None
+    livekit: LiveKitServer,
+    name: str,
+    persona: str = "clapper",
+    personas: Path | None = None,
+    port: int = 0,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A worker as a person runs it."""
+    """A worker as a person runs it; /health and /metrics are at `port`, if that was given."""
     env = environment(livekit, VOIPAVATAR_PERSONAS=str(personas or ""))
-    command = f"worker --sessions 2 --persona {persona} --port 0 --drain 8 --name".split()
+    command = f"worker --sessions 2 --persona {persona} --port {port} --drain 8 --name".split()
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "voipavatar", *command, name, env=env,
         stderr=asyncio.subprocess.PIPE,
@@ -117,7 +125,8 @@ async def talking(
     """An agent that asked for a dispatched avatar."""
     async with Joined(livekit, room_name, identity) as room:
         session = session or agent_session()
-        avatar = AvatarSession(persona="clapper", mode="dispatch", agent_name=agent_name, **more)
+        more = {"persona": "clapper", **more}
+        avatar = AvatarSession(mode="dispatch", agent_name=agent_name, **more)
         try:
             await avatar.start(session, room, **keys(livekit))
             await session.start(Plain(), room=room, record=False)
@@ -160,6 +169,62 @@ async def test_a_machine_that_is_too_slow_for_one_room_is_told(
     assert "hardly keeps up" not in caplog.text
     assert await _measure(studio, "clapper") == 1
     assert "hardly keeps up" in caplog.text
+
+
+async def test_an_engine_is_tried_with_speech_too() -> None:
+    """One that shows a film of its own until somebody speaks idles well without its device."""
+
+    class Film(ClapperEngine):
+        dead = True
+
+        def render(self, jobs: Sequence[Job]) -> list[UInt8]:
+            if self.dead and any(job.speech for job in jobs):
+                raise EngineError("the device is gone")
+            return super().render(jobs)
+
+    engine = Film()
+    renderer = Renderer(lambda: engine)
+    try:
+        await renderer.start()
+        avatar = await renderer.prepare(Path(), Path(), {}, lambda what, share: None)
+        renderer.failure = EngineError("the device is gone")
+        with pytest.raises(EngineError):
+            await renderer.probe(avatar)
+        assert renderer.failure is not None, "one idle picture made it well"
+        engine.dead = False
+        await renderer.probe(avatar)
+        assert renderer.failure is None
+    finally:
+        await renderer.aclose()
+
+
+@server
+async def test_every_persona_has_spoken_before_a_worker_is_ready(
+    livekit: LiveKitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first room is no slower than the next one, also where the capacity was given."""
+    spoken: list[str] = []
+
+    def listened(name: str) -> Any:
+        make = ENGINES[name]
+
+        def made(settings: Settings) -> Any:
+            engine = make(settings)
+            draw = engine.render
+
+            def render(jobs: Sequence[Job]) -> list[UInt8]:
+                spoken.extend(name for job in jobs if job.speech)
+                return draw(jobs)
+
+            monkeypatch.setattr(engine, "render", render)
+            return engine
+
+        return made
+
+    for name in ("clapper", "viseme"):
+        monkeypatch.setitem(ENGINES, name, listened(name))
+    async with working(livekit, unique("warm"), personas=("clapper", "default")):
+        assert set(spoken) == {"clapper", "viseme"}
 
 
 @server
@@ -217,6 +282,102 @@ async def test_a_dispatched_avatar_speaks_and_is_interrupted(livekit: LiveKitSer
         while worker.health()["taken"] and time.monotonic() < end:
             await asyncio.sleep(0.05)
         assert worker.health()["taken"] == 0, "the avatar stayed behind"
+
+
+@server
+async def test_it_is_seen_within_two_seconds_though_nobody_listens(livekit: LiveKitServer) -> None:
+    """The promise of a warm worker, by the best of three: the machine may have other work. Nobody
+    has subscribed to anything by then, and nobody ever does to its sound."""
+    name = unique("joins")
+    took: list[float] = []
+    async with working(livekit, name):
+        for _ in range(3):
+            place = unique("joins")
+            avatar = AvatarSession(persona="clapper", agent_name=name)
+            async with (
+                Joined(livekit, place, subscribe=False) as room,
+                Joined(livekit, place, "observer", "standard", subscribe=False) as observer,
+            ):
+                begin = time.monotonic()
+                session = agent_session()
+                try:
+                    await avatar.start(session, room, **keys(livekit))
+                    await avatar.wait_for_join(timeout=20)
+                    took.append(time.monotonic() - begin)
+                    await seen_alone(observer)
+                finally:
+                    await session.aclose()
+                    await avatar.aclose()
+    print("start to joined:", ", ".join(f"{one:.2f} s" for one in took))
+    assert min(took) <= 2.0
+
+
+async def seen_alone(observer: rtc.Room) -> None:
+    """The avatar is on show before anybody subscribes, and can be seen without being heard."""
+    end = time.monotonic() + 5
+    while len(shown := publications(observer)) < 2:
+        assert time.monotonic() < end, "the observer is not told of it"
+        await asyncio.sleep(0.01)
+    assert not any(one.subscribed for one in shown)
+    there: asyncio.Future[rtc.Track] = asyncio.get_running_loop().create_future()
+    observer.once("track_subscribed", lambda track, *_: there.set_result(track))
+    (picture,) = (one for one in shown if one.kind == rtc.TrackKind.KIND_VIDEO)
+    picture.set_subscribed(True)
+    stream = rtc.VideoStream(await asyncio.wait_for(there, 5))
+    try:
+        await asyncio.wait_for(stream.__anext__(), 5)
+    finally:
+        await stream.aclose()
+    assert [one.kind for one in publications(observer) if one.subscribed] == [picture.kind]
+
+
+def publications(room: rtc.Room) -> list[rtc.RemoteTrackPublication]:
+    """The avatar's."""
+    avatar = room.remote_participants.get("voipavatar")
+    return list(avatar.track_publications.values()) if avatar is not None else []
+
+
+@server
+async def test_the_first_picture_of_a_sentence_comes_soon(
+    livekit: LiveKitServer, ports: servers.Ports
+) -> None:
+    """A face that looks ahead of its sound: from the first sample that came in to the first frame
+    that talks 300 ms at most, on a warm worker; by the best, the machine may have other work."""
+    name, port = unique("first"), ports()
+    async with (
+        process(livekit, name, persona="default", port=port),
+        aiohttp.ClientSession() as http,
+        talking(livekit, unique("room"), name, persona="default") as (session, avatar, _),
+    ):
+
+        async def total() -> tuple[float, float]:
+            """How many sentences there were, and the seconds of all of them."""
+            answer = await http.get(f"http://127.0.0.1:{port}/metrics")
+            numbers = {
+                sample.name: sample.value
+                for family in text_string_to_metric_families(await answer.text())
+                for sample in family.samples
+                if sample.name.startswith("voipavatar_first_picture_seconds")
+            }
+            return (
+                numbers["voipavatar_first_picture_seconds_count"],
+                numbers["voipavatar_first_picture_seconds_sum"],
+            )
+
+        await avatar.wait_for_join(timeout=20)
+        took: list[float] = []
+        before = await total()
+        for _ in range(7):
+            await said(session, "one two")
+            after = await total()
+            assert after[0] == before[0] + 1
+            took.append(after[1] - before[1])
+            before = after
+    print(
+        f"first sound in to first picture out: median {statistics.median(took) * 1000:.0f} ms,",
+        f"{min(took) * 1000:.0f} to {max(took) * 1000:.0f}",
+    )
+    assert min(took) <= 0.3
 
 
 @server
@@ -301,6 +462,71 @@ async def test_an_avatar_that_is_killed_comes_back(livekit: LiveKitServer) -> No
                 print(f"back {time.monotonic() - begin:.1f} s after a worker was")
                 await said(session, "one two")
                 assert events[-1] == "joined"
+
+
+@server
+@pytest.mark.slow
+async def test_an_avatar_that_freezes_is_spoken_for_and_taken_back(livekit: LiveKitServer) -> None:
+    """Its connection stands and its tracks are there; only nothing comes of it any more."""
+    name, place = unique("frozen"), unique("room")
+    where = (livekit.url, place, livekit.api_key, livekit.api_secret)
+    lost: list[float] = []
+    async with (
+        process(livekit, name) as child,
+        talking(livekit, place, name) as (session, avatar, room),
+        Viewer(*where, identity="sees-avatar") as face,
+        Viewer(*where, identity="sees-agent", publisher="agent") as own,
+    ):
+        avatar.on("avatar_lost", lambda why: lost.append(time.monotonic()))
+        await avatar.wait_for_join(timeout=20)
+        handle = session.say(" ".join(["word"] * 24))  # six seconds
+        await asyncio.sleep(1.5)
+        begin = time.monotonic()
+        child.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.wait_for(handle.wait_for_playout(), 25)
+            ended = time.monotonic() - begin
+            assert lost and not handle.interrupted and not avatar.joined
+            await asyncio.sleep(0.5)
+            first, rest = loud_since(face), loud_since(own)
+            print(
+                f"lost after {lost[0] - begin:.1f} s; the sentence ended after {ended:.1f} s, "
+                f"{first:.2f} s of it by the avatar, {rest:.2f} by the agent"
+            )
+            assert lost[0] - begin <= 10.0
+            # What was heard since the last sign of life is said again, and no more of it.
+            assert 5.8 <= first + rest <= 8.0
+            await said(session, "voice only")
+            await asyncio.sleep(0.5)
+        finally:
+            child.send_signal(signal.SIGCONT)
+        begin = time.monotonic()
+        marks = end_of(face), end_of(own)
+        await avatar.wait_for_join(timeout=40)
+        print(f"back {time.monotonic() - begin:.1f} s after it went on")
+        for _ in range(4):
+            await said(session, "one two three four")
+        await asyncio.sleep(1.0)
+        heard = [loud_since(seen, mark) for seen, mark in zip((face, own), marks, strict=True)]
+        print(
+            f"4 s were said, heard were {heard[0]:.2f} s of the avatar, {heard[1]:.2f} of the agent"
+        )
+        assert sum(heard) == pytest.approx(4.0, abs=0.3), "said twice, or by nobody"
+        avatars = [one for one in room.remote_participants if one.startswith("voipavatar")]
+        assert avatars == ["voipavatar"]
+        assert not room.local_participant.track_publications, "two voices"
+
+
+def end_of(seen: Viewer) -> int:
+    """The number of the sample that it hears next."""
+    pcm, begin = seen.heard()
+    return begin + len(pcm)
+
+
+def loud_since(seen: Viewer, mark: int = 0) -> float:
+    """Seconds of speech that it has heard since that sample."""
+    spans = seen.loud_spans(gap=0.05)
+    return sum(end - max(mark, begin) for begin, end in spans if end > mark) / FRAME_RATE
 
 
 @server
@@ -407,6 +633,55 @@ async def test_a_dead_engine_is_told_and_nobody_is_taken(
         await health(200)
         async with talking(livekit, unique("room"), name) as (_, avatar, _):
             await avatar.wait_for_join(timeout=20)
+
+
+@server
+async def test_health_tells_of_a_server_that_is_away(
+    make_livekit: MakeLiveKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("voipavatar.worker.AWAY", 1.0)
+    livekit = await make_livekit()
+    async with working(livekit, unique("away")) as worker, aiohttp.ClientSession() as http:
+
+        async def health(status: int, limit: float) -> dict[str, Any]:
+            end = time.monotonic() + limit
+            while True:
+                answer = await http.get(worker.url + "/health")
+                found: dict[str, Any] = await answer.json()
+                if answer.status == status:
+                    return found
+                assert time.monotonic() < end, found
+                await asyncio.sleep(0.05)
+
+        assert (await health(200, 1.0))["connected"]
+        await livekit.kill()
+        found = await health(503, 5.0)
+        assert found["status"] == "disconnected" and not found["connected"]
+        assert not any(engine["failure"] for engine in found["engines"].values())
+        await livekit.start()
+        found = await health(200, 15.0)  # it is called at most every 10 s
+        assert found["status"] == "ok" and found["connected"]
+
+
+async def test_health_is_not_good_before_the_server_was_reached() -> None:
+    settings = dataclasses.replace(
+        Settings.from_env({}),
+        livekit_url=f"ws://127.0.0.1:{free_port()}",
+        livekit_api_key="devkey",
+        livekit_api_secret="secret" * 6,
+    )
+    worker = Worker(settings, capacity=1, personas=("clapper",))
+    task = asyncio.create_task(worker.run())
+    try:
+        async with aiohttp.ClientSession() as http:
+            while not worker.url:
+                assert not task.done(), task.result()
+                await asyncio.sleep(0.02)
+            answer = await http.get(worker.url + "/health")
+            assert answer.status == 503 and (await answer.json())["status"] == "disconnected"
+    finally:
+        task.cancel()
+        await asyncio.wait([task], timeout=15)
 
 
 @server
@@ -521,15 +796,18 @@ async def test_another_worker_takes_over_from_one_that_drains(livekit: LiveKitSe
 
 
 @server
-async def test_sigterm_drains(livekit: LiveKitServer) -> None:
-    name, room_name = unique("drain"), unique("room")
-    async with process(livekit, name) as child:
+async def test_sigterm_drains(livekit: LiveKitServer, ports: servers.Ports) -> None:
+    name, room_name, port = unique("drain"), unique("room"), ports()
+    async with process(livekit, name, port=port) as child, aiohttp.ClientSession() as http:
         async with talking(livekit, room_name, name) as (session, avatar, _):
             await avatar.wait_for_join(timeout=20)
             handle = session.say("one two three four five six seven eight")
             await asyncio.sleep(0.7)
             child.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.5)
+            answer = await http.get(f"http://127.0.0.1:{port}/health")
+            found = await answer.json()
+            assert answer.status == 200 and found["draining"], "whoever probes it would end it"
             await asyncio.wait_for(handle.wait_for_playout(), 10)
             assert not handle.interrupted and child.returncode is None, "it ended in mid-sentence"
-        code = await asyncio.wait_for(child.wait(), 25)
-        print("exit code", code)
+        assert await asyncio.wait_for(child.wait(), 25) == 0, "to drain is how a worker ends"

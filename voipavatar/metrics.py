@@ -7,8 +7,12 @@ so the number of series doesn't grow with use.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
@@ -100,7 +104,9 @@ OFFSET = Histogram(
     buckets=(-0.04, -0.02, -0.01, 0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
 )
 GPU_MEMORY = Gauge(
-    "voipavatar_gpu_memory_bytes", "Device memory in use, by whomever; none without a GPU.", ["gpu"]
+    "voipavatar_gpu_memory_bytes",
+    "Device memory in use, by whomever, by nvidia-smi's number; none without a GPU.",
+    ["gpu"],
 )
 
 REQUESTS = Counter(
@@ -131,14 +137,52 @@ def _rate() -> float:
 RATE.set_function(_rate)
 
 
-def _gpus() -> None:
-    """Memory of the devices that torch has taken up in this process; nothing is loaded for it."""
+class _Memory(ctypes.Structure):
+    """NVML's `nvmlMemory_t`, bytes."""
+
+    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
+
+
+@functools.cache
+def _nvml() -> Any:
+    """The driver's own library, or None without one. It takes no memory of a device, and sees what
+    any runtime has taken: torch, ONNX Runtime, TensorRT or another process."""
+    try:
+        library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+        return library if library.nvmlInit_v2() == 0 else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _devices(library: Any) -> Iterator[tuple[int, int]]:
+    """Number and bytes in use of each device that answers."""
+    count = ctypes.c_uint()
+    library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    for number in range(count.value):
+        device, memory = ctypes.c_void_p(), _Memory()
+        if (
+            library.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(device)) == 0
+            and library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0
+        ):
+            yield number, memory.used
+
+
+def _torch_devices() -> Iterator[tuple[int, int]]:
+    """The same from torch, if it has taken up a device in this process; it isn't loaded for it."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        GPU_MEMORY.labels(str(number)).set(total - free)
+    if torch is not None and torch.cuda.is_initialized():
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            yield number, total - free
+
+
+def _gpus() -> None:
+    """Ask every device now; one that has gone has no number any more."""
+    library = _nvml()
+    used = dict(_torch_devices() if library is None else _devices(library))
+    GPU_MEMORY.clear()
+    for number, size in used.items():
+        GPU_MEMORY.labels(str(number)).set(size)
 
 
 def exposition() -> bytes:

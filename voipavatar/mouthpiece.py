@@ -68,6 +68,8 @@ class Segment:
         self.over = False
         self.meter: Callable[[], float] | None = None
         """Seconds that have left at most, where its route can tell."""
+        self.ended: float | None = None
+        """Monotonic time at which its last sample was to be heard, once it is flushed and over."""
         self._kept = 0.0
         self._playhead: tuple[float, float] | None = None  # seconds, at which monotonic time
         self._on_started = on_started
@@ -96,9 +98,12 @@ class Segment:
             return self.skipped if self.began is not None else -1.0
         position, since = self._playhead
         now = time.monotonic()
-        position = min(self.length, position + max(0.0, now - since))
+        reached = position + max(0.0, now - since)
+        position = min(self.length, reached)
         if self.meter is not None:
             position = min(position, self.skipped + self.meter())
+        if position >= self.length and self.flushed and self.ended is None:
+            self.ended = now - (reached - self.length)
         waits = position >= self.length and not self.flushed
         self._playhead = (position, now + RESUMES if waits else max(since, now))
         return position
@@ -113,6 +118,7 @@ class Segment:
         """It goes on from here, as soon as `started` says so."""
         self.skipped = position
         self.meter = None
+        self.ended = None
         self._playhead = None
 
     def finished(self, heard: float, interrupted: bool) -> None:
@@ -320,8 +326,10 @@ class Mouthpiece(AudioOutput):
 def _heard(segment: Segment, alive: float | None) -> float:
     """Seconds that the present route has surely played of a segment by `alive`: rather too few,
     since what is said twice is better than what is never said."""
-    since = time.monotonic() - alive if alive is not None else 0.0
-    return max(0.0, segment.at() - segment.skipped - since)
+    position = segment.at()
+    until = segment.ended if segment.ended is not None else time.monotonic()
+    since = max(0.0, until - alive) if alive is not None else 0.0
+    return max(0.0, position - segment.skipped - since)
 
 
 # --- the avatar in this process -------------------------------------------------------------------

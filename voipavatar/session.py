@@ -763,7 +763,8 @@ class Studio:
             return await renderer.prepare(source, target, options, progress or _quiet)
 
     async def probe(self, persona: Persona) -> None:
-        """Draw one picture that nobody sees; an engine that was failing is well again then.
+        """Draw a few pictures that nobody sees: an engine that was failing is well again then, and
+        the first room's pictures are no slower than the next ones'.
 
         Raises what the engine raises.
         """

@@ -72,8 +72,9 @@ class Viewer:
         self._sound_begin = 0  # sample number of the first kept
         self._sound_end = 0
         self._offsets: deque[tuple[int, float]] = deque()  # sample number, arrival - number / rate
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._tracks: dict[str, rtc.Track] = {}
+        self._reading: dict[str, asyncio.Task[None]] = {}
         self._buffers: dict[str, tuple[float, int]] = {}
 
     async def __aenter__(self) -> Viewer:
@@ -87,7 +88,7 @@ class Viewer:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        tasks = list(self._tasks.values())
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -111,12 +112,17 @@ class Viewer:
     ) -> None:
         if participant.identity != self._publisher:
             return
-        self._tracks["sound" if track.kind == rtc.TrackKind.KIND_AUDIO else "picture"] = track
-        read = self._listen if track.kind == rtc.TrackKind.KIND_AUDIO else self._watch
-        name = f"viewer-{track.sid}"
-        task = asyncio.get_running_loop().create_task(read(track), name=name)
-        self._tasks[name] = task
-        task.add_done_callback(lambda _: self._tasks.pop(name, None))
+        sound = track.kind == rtc.TrackKind.KIND_AUDIO
+        kind = "sound" if sound else "picture"
+        self._tracks[kind] = track
+        read = self._listen if sound else self._watch
+        before = self._reading.get(kind)
+        if before is not None:
+            before.cancel()  # one that was left behind goes on as silence
+        task = asyncio.get_running_loop().create_task(read(track), name=f"viewer-{track.sid}")
+        self._reading[kind] = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _watch(self, track: rtc.Track) -> None:
         stream = rtc.VideoStream(track, format=rtc.VideoBufferType.I420, capacity=50)

@@ -59,6 +59,8 @@ ASKED = 3
 """Times that another worker is asked for: a server that is busy drops a request in silence."""
 PROBE = 5.0
 """Seconds between two attempts to draw with an engine that is failing."""
+AWAY = 5.0
+"""Seconds without the LiveKit server after which /health tells it. A restart may take less."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Worker:
         self._conversations: dict[str, Conversation] = {}  # by job id
         self._rehearsed: set[str] = set()  # agents of personas, as their YAML was
         self._draining = False
+        self._reached: float | None = None  # when the LiveKit server was last connected
         self._api: api.LiveKitAPI | None = None
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -162,7 +165,9 @@ class Worker:
             self._studio = studio
             for name in self._personas:
                 persona = load_persona(name, self.settings)
-                await studio.prepare(persona)
+                for look in persona.idles:
+                    await studio.prepare(persona.look(look))
+                await studio.probe(persona)  # what is slow the first time is done before a room
                 await self._rehearse(persona)
             if not self.agent_name and self._persona("").agent is None:
                 raise ConfigError(
@@ -197,6 +202,8 @@ class Worker:
             await self._listen(undo)
             mending = asyncio.create_task(self._mend(studio), name="worker-mend")
             undo.push_async_callback(_ended, mending)
+            looking = asyncio.create_task(self._look(server), name="worker-look")
+            undo.push_async_callback(_ended, looking)
             serving = asyncio.create_task(server.run(), name="worker-server")
             try:
                 server.on("worker_registered", lambda *_: self._registered())
@@ -216,6 +223,7 @@ class Worker:
 
     def _registered(self) -> None:
         logger.info("registered", extra={"capacity": self.capacity})
+        self._reached = time.monotonic()
         if self._ready is not None:
             self._ready(self.url)
 
@@ -241,6 +249,14 @@ class Worker:
             task = asyncio.create_task(session.aclose(FAREWELL), name="worker-end")
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
+
+    async def _look(self, server: AgentServer) -> None:
+        """Note when the LiveKit server was last connected: of losing it livekit-agents has no
+        event."""
+        while True:
+            if self._reached is not None and not getattr(server, "_connecting", False):
+                self._reached = time.monotonic()
+            await asyncio.sleep(0.25)
 
     async def _mend(self, studio: Studio) -> None:
         """An engine that fails is tried again: with no room open nothing else would draw."""
@@ -559,9 +575,22 @@ class Worker:
 
     # -- what others see ---------------------------------------------------------------------------
 
+    @property
+    def connected(self) -> bool:
+        """Whether the LiveKit server can send rooms; a loss counts after `AWAY` seconds."""
+        return self._reached is not None and time.monotonic() - self._reached <= AWAY
+
     def health(self) -> dict[str, Any]:
-        """Engines, rooms and capacity, ready for JSON; `status` is "ok" where rooms are served."""
+        """Engines, rooms and capacity, ready for JSON.
+
+        `status` is "ok" where rooms are served, "failing" where an engine is not, "disconnected"
+        where the LiveKit server is away. A worker that drains wants no more rooms, so it is "ok"
+        while its engines are, and `draining` tells: whoever ends unhealthy processes must not cut
+        its conversations short.
+        """
         found = self._studio.health() if self._studio is not None else {"status": "starting"}
+        if found["status"] == "ok" and not (self.connected or self._draining):
+            found["status"] = "disconnected"
         return found | {
             "agent_name": self.agent_name,
             "capacity": self.capacity,
@@ -569,6 +598,7 @@ class Worker:
             "conversations": len(self._conversations),
             "refused": self.refused,
             "draining": self._draining,
+            "connected": self.connected,
         }
 
     async def _listen(self, undo: contextlib.AsyncExitStack) -> None:

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+import numpy as np
+
 from .. import metrics
 from ..errors import CapacityError, EngineError
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, slice_start
@@ -286,8 +288,9 @@ class Renderer:
         return session
 
     async def probe(self, avatar: Avatar) -> None:
-        """Draw one idle picture now. That it works ends a `failure`; raises what it fails with."""
-        await self.call(lambda engine: engine.render(engine.open(avatar).idle(1)))
+        """Draw a few pictures now, as a room would. That it works ends a `failure`, and makes the
+        next ones as fast as they come; raises what it fails with."""
+        await self.call(lambda engine: _try(engine, avatar))
         self.failure = None
 
     async def mend(self) -> None:
@@ -403,6 +406,17 @@ class Renderer:
                 engine.close()
             except Exception:  # closing goes on: there is nobody left to tell but the log
                 logger.exception("engine failed to close", extra={"engine": self._name})
+
+
+def _try(engine: Engine, avatar: Avatar) -> None:
+    """Idle and speaking: an engine that shows a film of its own until somebody speaks would have
+    none of its networks at work without it. One by one and together, as rooms ask for them."""
+    session = engine.open(avatar)
+    noise = np.random.default_rng(1).standard_normal(ENGINE_RATE // 5).astype(np.float32) * 0.1
+    idle, speech = session.idle(1), [*session.push(noise), *session.flush()]
+    for jobs in (idle, speech[:1], speech[1 : 1 + engine.info.batch]):
+        if jobs:
+            engine.render(jobs)
 
 
 def _answer(call: Callable[[], Any], future: concurrent.futures.Future[Any]) -> None:
