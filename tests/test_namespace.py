@@ -18,41 +18,57 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 
 PROBE = """
-import json, socket, sys, time
+import json, socket, sys
 import livekit.agents
 def refuse(*args): raise AssertionError("the network was used")
 socket.socket.connect = refuse
 before = set(sys.modules)
-since = time.process_time()
 from livekit.plugins import voipavatar
-took = time.process_time() - since
 from livekit.agents import Plugin
 [plugin] = [one for one in Plugin.registered_plugins if "voipavatar" in one.title]
 import voipavatar as package
 print(json.dumps({
-    "took": took,
     "loaded": sorted(set(sys.modules) - before),
     "plugin": [plugin.title, plugin.version, plugin.package, plugin.logger.name],
-    "all": list(voipavatar.__all__),
     "same": package.AvatarSession is voipavatar.AvatarSession,
-    "documented": all(getattr(voipavatar, name).__doc__ for name in voipavatar.__all__),
 }))
 """
 
+COLD = """
+import time
+since = time.perf_counter()
+{}
+print(time.perf_counter() - since)
+"""
 
-def test_the_plugin_is_light_and_registered() -> None:
+
+def fresh(program: str) -> str:
+    """What a program prints in an interpreter that has imported nothing yet."""
     done = subprocess.run(
-        [sys.executable, "-c", PROBE],
+        [sys.executable, "-c", program],
         cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["took"] < 1.0
+    return done.stdout
+
+
+def test_the_plugin_is_light_and_registered() -> None:
+    found = json.loads(fresh(PROBE))
     assert not {"torch", "onnxruntime", "tensorrt"} & set(found["loaded"])
     title, version, package, logger = found["plugin"]
     assert title == package == logger == "livekit.plugins.voipavatar" and version
-    assert found["same"] and found["documented"]
+    assert found["same"]
+
+
+def test_it_adds_less_than_a_second_to_livekit_agents() -> None:
+    """On the wall clock, the best of three each, since others use this machine too."""
+    alone, with_it = [], []
+    for _ in range(3):
+        alone.append(float(fresh(COLD.format("import livekit.agents"))))
+        with_it.append(float(fresh(COLD.format("from livekit.plugins import voipavatar"))))
+    print(f"livekit.agents {min(alone):.2f} s, with the plugin {min(with_it):.2f} s")
+    assert min(with_it) - min(alone) < 1.0
 
 
 BESIDE = """
