@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from livekit.plugins import voipavatar as plugin
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import voipavatar
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +74,34 @@ def test_it_adds_less_than_a_second_to_livekit_agents() -> None:
         with_it.append(float(fresh(COLD.format("from livekit.plugins import voipavatar"))))
     print(f"livekit.agents {min(alone):.2f} s, with the plugin {min(with_it):.2f} s")
     assert min(with_it) - min(alone) < 1.0
+
+
+def documentation(module: ModuleType) -> Iterator[tuple[str, str]]:
+    """What each public name says of itself, and what a class of ours is used by.
+
+    A method may leave that to the class of LiveKit's that says what it has to do.
+    """
+    for name in module.__all__:
+        one = getattr(module, name)
+        if not inspect.isclass(one):
+            if callable(one):
+                yield name, inspect.getdoc(one) or ""
+            continue
+        yield name, vars(one).get("__doc__") or ""
+        for base in one.__mro__:
+            if "voipavatar" not in base.__module__:
+                continue
+            for member, value in vars(base).items():
+                if not member.startswith("_") and (callable(value) or isinstance(value, property)):
+                    yield f"{name}.{member}", inspect.getdoc(getattr(one, member)) or ""
+
+
+@pytest.mark.parametrize("module", [voipavatar, plugin], ids=["package", "plugin"])
+def test_every_public_name_is_documented(module: ModuleType) -> None:
+    found = dict(documentation(module))
+    assert {"AvatarSession", "AvatarSession.start", "AvatarSession.provider"} <= set(found)
+    mute = [name for name, said in found.items() if not said.strip()]
+    assert not mute, "these say nothing of themselves"
 
 
 BESIDE = """
