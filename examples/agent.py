@@ -18,7 +18,7 @@ server = AgentServer()
 @server.rtc_session()
 async def entrypoint(ctx: JobContext) -> None:
     await ctx.connect(auto_subscribe=AutoSubscribe.AUDIO_ONLY)  # not to decode its own picture
-    session = AgentSession(
+    session: AgentSession[None] = AgentSession(
         llm=google.realtime.RealtimeModel(voice="Puck"),
         # An avatar stops; it can't be paused in mid-word.
         turn_handling={"interruption": {"resume_false_interruption": False}},

@@ -18,7 +18,7 @@ server = AgentServer()
 @server.rtc_session()
 async def entrypoint(ctx: JobContext) -> None:
     await ctx.connect(auto_subscribe=AutoSubscribe.AUDIO_ONLY)  # not to decode its own picture
-    session = AgentSession(
+    session: AgentSession[None] = AgentSession(
         stt=deepgram.STT(model="nova-3"),
         llm=openai.LLM(model="gpt-4.1-mini"),
         tts=openai.TTS(voice="alloy"),

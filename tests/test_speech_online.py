@@ -225,6 +225,8 @@ async def test_the_offline_voice_goes_on(
     assert heard.words[-2:] == ["The", "end."]
     assert heard.seconds > 4
     assert "Hello" not in caplog.text and "secret" not in caplog.text
+    told = [vars(one) for one in caplog.records if one.name.startswith("voipavatar")]
+    assert told and "Hello" not in str(told) and "secret" not in str(told)
 
 
 @pytest.mark.parametrize("trouble", [Behaviour(), Behaviour(status=503), Behaviour(drop_after=2)])

@@ -426,6 +426,8 @@ async def test_refused_before_a_sound(how: str, caplog: pytest.LogCaptureFixture
     assert found == TEXT.split()
     assert len(asked) == 2  # and not asked again in this utterance
     assert "secret" not in caplog.text.replace("'secret text'", "")
+    told = [vars(one) for one in caplog.records if one.name.startswith("voipavatar")]
+    assert told and "secret" not in str(told)
 
 
 async def test_the_rest_is_said_by_the_word_times() -> None:

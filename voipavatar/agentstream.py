@@ -346,7 +346,10 @@ class AgentStream:
                 turn.push(pcm.push(data), rate)
         except (InputError, ValueError) as error:
             self.dropped += 1
-            logger.warning("a segment was cut short", extra={"error": str(error)})
+            logger.warning(
+                "a segment was cut short",
+                extra={"error": type(error).__name__, "lk.pii.error": str(error)},
+            )
         except rtc.StreamError:
             self.lost_ends += 1
             logger.info("a segment's stream broke off")
@@ -448,7 +451,7 @@ class AgentStream:
         try:
             self._on_pose(pose)
         except VoipAvatarError as error:  # a newer agent may know poses that this avatar doesn't
-            logger.info("a pose was not taken", extra={"error": str(error)})
+            logger.info("a pose was not taken", extra={"lk.pii.error": str(error)})
 
     async def _clear(self, call: rtc.RpcInvocationData) -> str:
         """Silence, now. Everything of this agent that is not over gets its report."""

@@ -104,7 +104,7 @@ class FarSession:
             try:
                 call()
             except VoipAvatarError as error:
-                logger.info("the face did not change", extra={"error": str(error)})
+                logger.info("the face did not change", extra={"lk.pii.error": str(error)})
 
         post(self._loop, tried)
 

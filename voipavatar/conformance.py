@@ -48,6 +48,8 @@ AGENT = "conformance-agent"
 HOSTED = ("voipavatar", "livekit")
 """Avatars that are started here."""
 WIDTH, HEIGHT, FPS = 640, 360, 25
+PATIENCE = 20.0
+"""Seconds for an avatar to come, and to take a piece of sound."""
 FALLBACK = 1.9
 """Seconds from which an end was not told but assumed by LiveKit's sender (which does so at 2)."""
 
@@ -251,7 +253,13 @@ class _Trial:
         for begin in range(0, len(pcm), RATE // 50):
             piece = pcm[begin : begin + RATE // 50]
             frame = rtc.AudioFrame(piece.tobytes(), RATE, 1, len(piece))
-            await within(self.output.capture_frame(frame), 20.0)
+            try:
+                await within(self.output.capture_frame(frame), PATIENCE)
+            except asyncio.TimeoutError:
+                raise TransportError(
+                    f"{self.identity!r} took no sound within {PATIENCE:.0f} s: is it in the room, "
+                    "with a picture?"
+                ) from None
 
     async def costs(self, name: str, work: Awaitable[None]) -> None:
         """Do `work`, and tell what the avatar's process took meanwhile, in percent of a core."""
@@ -518,7 +526,7 @@ async def _host(avatar: str, room: str) -> None:
     loop = asyncio.get_running_loop()
     commands = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    kind = _ours(settings, access, room) if avatar == "voipavatar" else _runner(access, room)
+    kind = _ours(settings, access, room) if avatar == "voipavatar" else runner(access, room)
     async with kind:
         print("ready", flush=True)
         while await commands.readline():
@@ -543,24 +551,24 @@ async def _ours(settings: Settings, access: LiveKitServer, room: str) -> AsyncIt
 
 
 @contextlib.asynccontextmanager
-async def _runner(access: LiveKitServer, room: str) -> AsyncIterator[None]:
+async def runner(access: LiveKitServer, room: str, identity: str = AVATAR) -> AsyncIterator[None]:
     """LiveKit's `AvatarRunner`, as its examples use it."""
-    async with _joined(access, room, AVATAR) as joined:
+    async with _joined(access, room, identity) as joined:
         receiver = DataStreamAudioReceiver(joined, sender_identity=AGENT)
-        runner = AvatarRunner(
+        avatar = AvatarRunner(
             joined,
             audio_recv=receiver,
             video_gen=_Flash(),
             options=AvatarOptions(WIDTH, HEIGHT, FPS, RATE, 1),
         )
-        starting = asyncio.create_task(runner.start(), name="conformance-runner")
+        starting = asyncio.create_task(avatar.start(), name="conformance-runner")
         try:
             yield
         finally:
             if not starting.done():
                 starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-            await runner.aclose()
+            await avatar.aclose()
 
 
 class _Flash(VideoGenerator):

@@ -207,9 +207,9 @@ class Conversation:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._busy.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            error = type(task.exception()).__name__
-            logger.warning("something could not be said", extra={"error": error})
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            logger.warning("something could not be said", extra={"error": type(error).__name__})
 
     # -- who is there ------------------------------------------------------------------------------
 

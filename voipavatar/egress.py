@@ -330,7 +330,7 @@ class EgressOutputs:
             except TransportError as error:
                 if not error.retryable or time.monotonic() - silent_since > 60:
                     raise
-                logger.info("egress could not be asked", extra={"reason": str(error)})
+                logger.info("egress could not be asked", extra={"lk.pii.reason": str(error)})
                 continue
             silent_since = time.monotonic()
             if not found.items:

@@ -87,8 +87,9 @@ class RoomOptions:
     """How the picture is coded; what isn't given here is the persona's."""
     timeout: float = 10.0
     """Seconds to join in."""
-    ttl: float = 6 * 3600.0
-    """Seconds that a token made here is good for."""
+    ttl: float = 600.0
+    """Seconds that a token made here is good for: to join with. Joining again makes a new one, and
+    who is in the room gets newer ones from the server."""
     guests: tuple[Guest, ...] = field(default=(), repr=False, compare=False)
 
     def make_token(self) -> str:
