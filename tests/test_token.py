@@ -12,7 +12,7 @@ from voipavatar import plugin
 from voipavatar.config import Persona, Settings
 from voipavatar.errors import ConfigError
 from voipavatar.follow import Follow
-from voipavatar.plugin import AvatarSession
+from voipavatar.plugin import AvatarSession, VoipAvatarException
 from voipavatar.room import RoomOptions
 from voipavatar.worker import Order, Worker
 
@@ -76,7 +76,7 @@ async def test_the_plugins_avatar_speaks_on_behalf_of_the_agent(
     avatar = AvatarSession(persona="default", mode="local", studio=door)
     session = agent_session()
     try:
-        with pytest.raises(ConfigError, match="nobody gets in"):
+        with pytest.raises(VoipAvatarException, match="nobody gets in"):
             await avatar.start(
                 session, rtc.Room(),
                 livekit_url="ws://127.0.0.1:9", livekit_api_key=KEY, livekit_api_secret=SECRET,
