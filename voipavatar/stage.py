@@ -364,6 +364,8 @@ class Counters:
     """Ticks in which a turn waited for more sound."""
     stalls: int = 0
     """Times the loop was held so long that the schedule began anew."""
+    stalled: float = 0.0
+    """Seconds that went by without a frame in them."""
     turns: int = 0
     interrupted: int = 0
     sink_errors: int = 0
@@ -880,9 +882,10 @@ class Stage:
             await self.clock.sleep_until(due)
             if self.options.patient:
                 await self._everything()
-            elif self.clock.now() - due > self.options.stall:
+            elif (behind := self.clock.now() - due) > self.options.stall:
                 self.counters.stalls += 1
-                start, origin = self.clock.now(), self._index
+                self.counters.stalled += behind
+                start, origin = due + behind, self._index
             self.tick()
 
     async def _everything(self) -> None:
