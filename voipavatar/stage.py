@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from . import metrics
-from .engines import EngineSession, Expressive, Job, Picture
+from .engines import CUT, EngineSession, Expressive, Job, Picture
 from .errors import EngineError, InputError, StageError
 from .media import (
     ENGINE_RATE,
@@ -336,7 +336,7 @@ class Options:
     """Idle frames drawn ahead: speech that arrives waits for no more than these."""
     margin: int = 2
     """Frames beyond the engine's lookahead that must be there before a turn starts or resumes."""
-    ease: int = 3
+    ease: int = CUT
     """Frames in which the mouth closes after an interruption."""
     hold: int = 12
     """Ticks that a turn's first picture is waited for before its sound goes on without it."""

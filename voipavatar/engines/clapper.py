@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, EngineError
 from ..media import Cue, Float32, UInt8, check_fps, i420
-from . import Avatar, EngineInfo, Job, Progress, Spec
+from . import CUT, Avatar, EngineInfo, Job, Progress, Spec
 
 LOUD = 0.02
 """RMS, of full scale, from which a frame's sound is loud."""
@@ -55,7 +55,7 @@ class ClapperSession:
     def idle(self, n: int) -> list[Job]:
         return [self._job(speech=False, loud=False) for _ in range(n)]
 
-    def reset(self, clock: int | None = None, ease: int = 3) -> None:
+    def reset(self, clock: int | None = None, ease: int = CUT) -> None:
         if clock is not None:
             self._clock = clock
         self._pcm = np.zeros(0, np.float32)
