@@ -243,9 +243,13 @@ class Viewer:
                 self._buffers[kind] = now
                 if now[1] > then[1]:
                     delays[kind] = (now[0] - then[0]) / (now[1] - then[1])
-        if len(delays) < 2:
-            return None
-        return delays["picture"] - delays["sound"]
+        return delays
+
+    async def buffering(self) -> float | None:
+        """Seconds by which the picture was delayed more than the sound by these since the last
+        call; None where that isn't known. What is seen less this is what was sent."""
+        delays = await self.buffers()
+        return delays["picture"] - delays["sound"] if len(delays) == 2 else None
 
     def gaps(self) -> list[float]:
         """Seconds between successive pictures."""
