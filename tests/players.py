@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from voipavatar.engines import Job, Picture, Spec
+from voipavatar.engines import CUT, Job, Picture, Spec
 from voipavatar.media import Cue, Float32, Frame, Int16, ManualClock, UInt8
 from voipavatar.stage import Options, Stage, State
 
@@ -46,7 +46,7 @@ class FakeSession:
     def idle(self, n: int) -> list[Job]:
         return [self._job(False, ("idle", 0.0)) for _ in range(n)]
 
-    def reset(self, clock: int | None = None, ease: int = 3) -> None:
+    def reset(self, clock: int | None = None, ease: int = CUT) -> None:
         self.resets.append(clock)
         if clock is not None:
             self.clock = clock

@@ -311,7 +311,7 @@ def test_idle_and_speech_meet_without_a_jump(listening: Made) -> None:
     first, last = 6, len(jobs)
     jobs += session.idle(14)
     spoken = session.push(babble(1.0))
-    session.reset(clock=spoken[9].clock + 1, ease=3)
+    session.reset(clock=spoken[9].clock + 1)
     cut = len(jobs) + 10
     jobs += spoken[:10] + session.idle(6)
     assert [job.clock for job in jobs] == list(range(len(jobs)))

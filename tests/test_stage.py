@@ -456,6 +456,7 @@ async def test_run_keeps_time_and_starts_anew_after_a_stall() -> None:
     assert gaps[9] == pytest.approx(1.0)
     assert gaps[10:] == pytest.approx([0.04] * 9)
     assert player.stage.counters.stalls == 1
+    assert player.stage.counters.stalled == pytest.approx(0.96)
 
 
 class Script:

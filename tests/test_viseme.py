@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from voipavatar.engines import Avatar, Job
+from voipavatar.engines import Avatar, Job, Picture
 from voipavatar.engines.articulation import JAW, PARAMETERS, Articulator
 from voipavatar.engines.life import Life
 from voipavatar.engines.puppet import Pose, Puppet, mouth_weights
@@ -28,10 +28,13 @@ from voipavatar.engines.viseme import (
     region,
 )
 from voipavatar.errors import AvatarError, ConfigError, EngineError
-from voipavatar.media import ENGINE_RATE, Cue, Float32, UInt8
+from voipavatar.media import ENGINE_RATE, Cue, Float32, ManualClock, UInt8
+from voipavatar.stage import Stage
 
+from . import portraits
 from .contract import babble, quiet, turn
 from .faces import face, save_face
+from .players import FakeSink, Owner
 
 WIDTH, HEIGHT = 1280, 720
 
@@ -376,12 +379,62 @@ def test_speech_takes_over_gently_and_lets_go(engine: VisemeEngine, avatar: Avat
     pcm = babble(2.0)
     jobs = session.push(pcm[:16000]) + session.idle(4) + session.push(pcm[16000:])
     jobs += session.flush() + session.idle(3) + turn(session, iter([pcm[:9000]]))
-    session.reset(clock=len(jobs), ease=3)
+    session.reset(clock=len(jobs))
     jobs += session.idle(6)
     rings = np.stack([session.puppet._ring(mouth_weights(job.data.mouth)) for job in jobs])
     steps = np.abs(np.diff(rings, axis=0)).max((1, 2))
     spoken = np.array([a.speech and b.speech for a, b in zip(jobs, jobs[1:], strict=False)])
     assert steps[~spoken].max() <= max(steps[spoken].max(), 0.08 * 158)
+
+
+@pytest.mark.parametrize("name", ["marcus", "clara"])
+async def test_a_cut_shuts_the_mouth_in_two_pictures(
+    engine: VisemeEngine, name: str, tmp_path: Path
+) -> None:
+    """Cut by the stage where a real face's mouth is open widest: the second picture shows it as
+    idling does, and no step on the way there is larger than those of speech."""
+    raw = portraits.landmarks(name)
+    _, marks = fit(portraits.persona(name), parse_landmarks(raw), 640, 360)
+    options = {"landmarks": raw, "width": 640, "height": 360, "motion": 0, "blink": 0}
+    source = portraits.PERSONAS / name / "portrait.png"
+    avatar = engine.prepare(source, tmp_path / "a", options, quiet)
+    left, top = np.rint(marks.outer_lips.min(0) - 0.2 * marks.unit).astype(int)
+    right, bottom = np.rint(marks.outer_lips.max(0) + 0.2 * marks.unit).astype(int)
+
+    def lips(image: UInt8) -> npt.NDArray[np.int16]:
+        return image[top:bottom, left:right].astype(np.int16)
+
+    def submit(jobs: Sequence[Job], due: Sequence[float]) -> list[Picture]:
+        pictures = [Picture(job) for job in jobs]
+        for picture in pictures:
+            picture.settle(engine.render([picture.job])[0])
+        return pictures
+
+    async def shown(ticks: int, cut: int | None = None) -> list[npt.NDArray[np.int16]]:
+        """The lips, tick by tick of a turn that is cut after `cut` ticks."""
+        clock = ManualClock()
+        sink = FakeSink(clock)
+        stage = Stage(engine.open(avatar), submit, clock, [sink])
+        number = stage.begin(Owner())
+        stage.push(number, (babble(2.0) * 32767).astype(np.int16), ENGINE_RATE)
+        for tick in range(ticks):
+            if tick == cut:
+                assert stage.interrupt() == 1
+            stage.tick()
+            await clock.sleep_until(clock.now() + 1 / stage.fps)
+        return [lips(frame.image) for frame in sink.frames]
+
+    rest = lips(engine.render(engine.open(avatar).idle(1))[0])
+    spoken = await shown(40)
+    opened = np.array([np.abs(one - rest).mean() for one in spoken])
+    largest = np.abs(np.diff(spoken, axis=0)).mean((1, 2)).max()
+    assert opened.max() > 3
+    for widest in map(int, np.argsort(opened)[-6:]):
+        before, first, *after = (await shown(widest + 6, widest + 1))[widest:]
+        assert np.array_equal(before, spoken[widest])
+        assert all(np.abs(one - rest).max() <= 1 for one in after), widest
+        steps = [np.abs(first - before).mean(), np.abs(after[0] - first).mean()]
+        assert 0.1 * opened[widest] < steps[0] and max(steps) <= 1.1 * largest, widest
 
 
 # --- preparing ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from . import metrics
-from .engines import EngineSession, Expressive, Job, Picture
+from .engines import CUT, EngineSession, Expressive, Job, Picture
 from .errors import EngineError, InputError, StageError
 from .media import (
     ENGINE_RATE,
@@ -336,7 +336,7 @@ class Options:
     """Idle frames drawn ahead: speech that arrives waits for no more than these."""
     margin: int = 2
     """Frames beyond the engine's lookahead that must be there before a turn starts or resumes."""
-    ease: int = 3
+    ease: int = CUT
     """Frames in which the mouth closes after an interruption."""
     hold: int = 12
     """Ticks that a turn's first picture is waited for before its sound goes on without it."""
@@ -364,6 +364,8 @@ class Counters:
     """Ticks in which a turn waited for more sound."""
     stalls: int = 0
     """Times the loop was held so long that the schedule began anew."""
+    stalled: float = 0.0
+    """Seconds that went by without a frame in them."""
     turns: int = 0
     interrupted: int = 0
     sink_errors: int = 0
@@ -880,9 +882,10 @@ class Stage:
             await self.clock.sleep_until(due)
             if self.options.patient:
                 await self._everything()
-            elif self.clock.now() - due > self.options.stall:
+            elif (behind := self.clock.now() - due) > self.options.stall:
                 self.counters.stalls += 1
-                start, origin = self.clock.now(), self._index
+                self.counters.stalled += behind
+                start, origin = due + behind, self._index
             self.tick()
 
     async def _everything(self) -> None:

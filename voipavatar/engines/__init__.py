@@ -36,6 +36,9 @@ T = TypeVar("T")
 Progress: TypeAlias = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, 0 to 1."""
 
+CUT = 2
+"""Pictures in which the mouth closes after an interruption: the second shows it shut."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -113,7 +116,7 @@ class EngineSession(Protocol):
         """`n` jobs without speech. In the middle of a turn it is a pause: the mouth eases shut,
         and what was pushed is kept for when speech goes on."""
 
-    def reset(self, clock: int | None = None, ease: int = 3) -> None:
+    def reset(self, clock: int | None = None, ease: int = CUT) -> None:
         """Interruption: the turn's sound is gone. `clock` is that of the next job: pass the last
         picture really shown + 1, and what was made beyond it is unmade, so that nothing jumps.
         The mouth, from how it was in that last picture, closes within `ease` frames."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, EngineError
 from ..media import Cue, Float32, UInt8, check_fps, i420
-from . import Avatar, EngineInfo, Job, Progress, Spec
+from . import CUT, Avatar, EngineInfo, Job, Progress, Spec
 
 LOUD = 0.02
 """RMS, of full scale, from which a frame's sound is loud."""
@@ -55,7 +55,7 @@ class ClapperSession:
     def idle(self, n: int) -> list[Job]:
         return [self._job(speech=False, loud=False) for _ in range(n)]
 
-    def reset(self, clock: int | None = None, ease: int = 3) -> None:
+    def reset(self, clock: int | None = None, ease: int = CUT) -> None:
         if clock is not None:
             self._clock = clock
         self._pcm = np.zeros(0, np.float32)
@@ -119,11 +119,17 @@ class ClapperEngine:
         spec = job.session.spec
         grey = (WHITE,) * 3 if job.data else (DARK,) * 3
         image = i420(spec.height, spec.width, grey)
-        top = spec.height - spec.height // 8
-        for bit in range(BITS):
-            begin, end = spec.width * bit // BITS, spec.width * (bit + 1) // BITS
-            image[top : spec.height, begin:end] = 235 if job.clock >> (BITS - 1 - bit) & 1 else 16
+        write_clock(image, job.clock)
         return image
+
+
+def write_clock(image: UInt8, clock: int) -> None:
+    """A picture clock, mod 2^16, as blocks along the bottom of an I420 picture."""
+    height, width = image.shape[0] * 2 // 3, image.shape[1]
+    top = height - height // 8
+    for bit in range(BITS):
+        begin, end = width * bit // BITS, width * (bit + 1) // BITS
+        image[top:height, begin:end] = 235 if clock >> (BITS - 1 - bit) & 1 else 16
 
 
 def read_clapper(luma: UInt8) -> tuple[bool, int]:

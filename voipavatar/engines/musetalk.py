@@ -48,7 +48,7 @@ from ..faces import (
 )
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps, frames_for, slice_start
 from ..models import Recipe, is_random, load_recipe, weights_key
-from . import Avatar, EngineInfo, Job, Progress, Spec
+from . import CUT, Avatar, EngineInfo, Job, Progress, Spec
 from .runtimes import (
     BATCHES,
     ArtefactKey,
@@ -598,7 +598,7 @@ class MuseTalkSession:
             jobs.append(self._job(False))
         return jobs
 
-    def reset(self, clock: int | None = None, ease: int = 3) -> None:
+    def reset(self, clock: int | None = None, ease: int = CUT) -> None:
         self._ear = Ear(self._hearing)
         self._after.clear()
         if clock is not None and clock != self._clock:

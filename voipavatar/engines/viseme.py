@@ -36,7 +36,18 @@ from ..facemodels import face_models, matte_model
 from ..matte import blurred, by_colours, own_colours, refined, roughly
 from ..media import ENGINE_RATE, Cue, Float32, UInt8, check_fps
 from ..sets import SETS, make_set
-from . import Avatar, Engine, EngineInfo, EngineSession, Expressive, Job, Progress, Spec, filming
+from . import (
+    CUT,
+    Avatar,
+    Engine,
+    EngineInfo,
+    EngineSession,
+    Expressive,
+    Job,
+    Progress,
+    Spec,
+    filming,
+)
 from .film import FilmPuppet
 from .life import GESTURES, KEPT, Body
 from .puppet import Pose, Puppet
@@ -378,7 +389,7 @@ class VisemeSession:
             jobs.append(self._job(mouth, speech=False))
         return jobs
 
-    def reset(self, clock: int | None = None, ease: int = 3) -> None:
+    def reset(self, clock: int | None = None, ease: int = CUT) -> None:
         self._articulator.reset()
         self._asked, self._row = [], 0
         if clock is not None:
