@@ -402,6 +402,63 @@ async def test_a_track_that_could_not_be_published_is_tried_again(
 
 
 @pytest.mark.server
+async def test_a_track_that_comes_late_is_the_only_one(
+    livekit: LiveKitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Publishing waits for a connection that is away, and can't be called off."""
+    monkeypatch.setattr(module, "PUBLISHED", 0.2)
+    async with Joined(livekit, new_room("late")) as room:
+        usual: Callable[..., Any] = room.local_participant.publish_track
+        back = asyncio.Event()
+        tried = 0
+
+        async def later(*args: Any) -> Any:
+            nonlocal tried
+            tried += 1
+            work = asyncio.ensure_future(_after(back, usual, *args))
+            return await asyncio.shield(work)
+
+        monkeypatch.setattr(room.local_participant, "publish_track", later)
+        output = Mouthpiece(patience=5.0)
+        ends: list[PlaybackFinishedEvent] = []
+        output.on("playback_finished", ends.append)
+        voice = VoiceOnly(room)
+        output.use(voice)
+
+        async def say(number: int) -> None:
+            async for one in frames(tone(0.4), 24_000):
+                await output.capture_frame(one)
+            output.flush()
+            await until(lambda: len(ends) == number)
+
+        shown = room.local_participant.track_publications
+        try:
+            await say(1)
+            await say(2)
+            assert tried == 1 and not shown
+            back.set()
+            await until(lambda: voice._sid is not None)
+            await say(3)
+            assert tried == 1 and list(shown) == [voice._sid]
+            await voice.hush()
+            assert not shown
+            back.clear()
+            await say(4)
+            await voice.hush()  # the avatar is back before the track has come
+            back.set()
+            await until(lambda: not voice._leaving)
+            assert tried == 2 and not shown, "a second voice, silent for ever"
+        finally:
+            back.set()
+            await voice.aclose()
+
+
+async def _after(event: asyncio.Event, work: Callable[..., Any], *args: Any) -> Any:
+    await event.wait()
+    return await work(*args)
+
+
+@pytest.mark.server
 async def test_closed_while_it_starts_leaves_nobody(livekit: LiveKitServer) -> None:
     ended = 0
     for pause in (0.0, 0.02, 0.05, 0.1):

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +44,8 @@ UNHEARD = 20.0
 have something else to say first."""
 KEPT = 600.0
 """Seconds of one segment that are kept until they were heard."""
+PUBLISHED = 10.0
+"""Seconds in which the agent's own track must be there; what is said goes on without it then."""
 RESUMES = 0.15
 """Seconds that a voice which waited for more sound takes to go on, once there is some."""
 
@@ -624,6 +626,8 @@ class VoiceOnly:
         self._source: rtc.AudioSource | None = None
         self._sid: str | None = None
         self._mute: Segment | None = None  # the one that could not be given a track
+        self._publishing: asyncio.Task[rtc.LocalTrackPublication] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._heard = 0.0
 
@@ -684,9 +688,9 @@ class VoiceOnly:
             await self._play(segment, resampler.push(pcm.push(bytes(frame.data.cast("b")))))
 
     async def _play(self, segment: Segment, pcm: Int16) -> None:
-        if self._source is None and segment is not self._mute:
+        if self._sid is None and segment is not self._mute:
             await self._publish()
-            self._mute = segment if self._source is None else None
+            self._mute = segment if self._sid is None else None
         for begin in range(0, len(pcm), FRAME_RATE // 50):
             piece = np.ascontiguousarray(pcm[begin : begin + FRAME_RATE // 50])
             if segment.over:
@@ -706,32 +710,70 @@ class VoiceOnly:
                 segment.started()
 
     async def _publish(self) -> None:
-        self._source = rtc.AudioSource(FRAME_RATE, 1, queue_size_ms=100)
-        track = rtc.LocalAudioTrack.create_audio_track("agent_audio", self._source)
-        options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE)
-        try:
-            publication = await within(
-                self._room.local_participant.publish_track(track, options), 10.0
+        """Have a track, or give up waiting for one: the next segment may wait again. On a
+        connection that is away publishing can't be called off, and must not be asked for twice:
+        each would come true when it is back."""
+        work = self._publishing
+        if work is None:
+            self._source = rtc.AudioSource(FRAME_RATE, 1, queue_size_ms=100)
+            track = rtc.LocalAudioTrack.create_audio_track("agent_audio", self._source)
+            options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE)
+            work = self._publishing = asyncio.create_task(
+                self._room.local_participant.publish_track(track, options), name="mouthpiece-track"
             )
-            self._sid = publication.sid
-            await within(publication.wait_for_subscription(), 2.0)
+            work.add_done_callback(self._published)
+        await asyncio.wait([work], timeout=PUBLISHED)
+        if self._sid is None:
+            return
+        try:
+            await within(work.result().wait_for_subscription(), 2.0)
         except asyncio.TimeoutError:
             logger.info("nobody listens to the agent's own voice yet")
-        except Exception as error:  # rtc raises bare exceptions; the conversation goes on mute
-            logger.warning("no voice without avatar", extra={"error": type(error).__name__})
-        if self._sid is None:  # the next segment may try again
-            source, self._source = self._source, None
-            await source.aclose()
+
+    def _published(self, work: asyncio.Task[rtc.LocalTrackPublication]) -> None:
+        if work is not self._publishing:
+            return  # it is not wanted any more
+        self._publishing = None
+        if not work.cancelled() and work.exception() is None:
+            self._sid = work.result().sid  # what is being said goes on aloud
+            return
+        reason = "cancelled" if work.cancelled() else type(work.exception()).__name__
+        logger.warning("no voice without avatar", extra={"error": reason})
+        source, self._source = self._source, None
+        if source is not None:
+            self._spawn(source.aclose())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="mouthpiece-hush")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def hush(self) -> None:
         """Take the track away, once nothing is being said: the avatar speaks again."""
         sid, self._sid = self._sid, None
         source, self._source = self._source, None
-        if sid is not None and self._room.isconnected():
-            with contextlib.suppress(Exception):  # the room may be gone any moment
-                await within(self._room.local_participant.unpublish_track(sid), 5.0)
+        work, self._publishing = self._publishing, None
+        if work is not None:
+            self._spawn(self._undo(work, source))
+            return
+        if sid is not None:
+            await self._unpublish(sid)
         if source is not None:
             await source.aclose()
+
+    async def _undo(
+        self, work: asyncio.Task[rtc.LocalTrackPublication], source: rtc.AudioSource | None
+    ) -> None:
+        """Take a track away that is not there yet."""
+        with contextlib.suppress(Exception):  # rtc raises bare exceptions
+            await self._unpublish((await work).sid)
+        if source is not None:
+            await source.aclose()
+
+    async def _unpublish(self, sid: str) -> None:
+        if self._room.isconnected():
+            with contextlib.suppress(Exception):  # the room may be gone any moment
+                await within(self._room.local_participant.unpublish_track(sid), 5.0)
 
     async def aclose(self) -> None:
         self.clear()
@@ -740,3 +782,9 @@ class VoiceOnly:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await self.hush()
+        leaving = list(self._leaving)
+        if leaving and self._room.isconnected():
+            await asyncio.wait(leaving, timeout=5.0)
+        for one in leaving:
+            one.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
