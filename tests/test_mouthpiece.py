@@ -395,8 +395,9 @@ async def test_a_track_that_could_not_be_published_is_tried_again(
                 output.flush()
                 while len(ends) < number:
                     await asyncio.sleep(0.02)
-                assert tried == number and voice._sid == (None if number == 1 else voice._sid)
-            assert voice._sid in room.local_participant.track_publications
+                assert tried == number and (voice._shown is None) == (number == 1)
+            assert voice._shown is not None
+            assert voice._shown.sid in room.local_participant.track_publications
         finally:
             await voice.aclose()
 
@@ -437,9 +438,9 @@ async def test_a_track_that_comes_late_is_the_only_one(
             await say(2)
             assert tried == 1 and not shown
             back.set()
-            await until(lambda: voice._sid is not None)
+            await until(lambda: voice._shown is not None)
             await say(3)
-            assert tried == 1 and list(shown) == [voice._sid]
+            assert tried == 1 and list(shown.values()) == [voice._shown]
             await voice.hush()
             assert not shown
             back.clear()
