@@ -22,6 +22,7 @@ from voipavatar.plugin import AvatarSession, VoipAvatarException
 from voipavatar.room import RoomOptions
 from voipavatar.session import Played, Studio
 
+from .conftest import MakeLiveKit
 from .scripted import Joined, Plain, agent_session, frames, said, tone
 from .test_plugin import CLAPPER, keys, local, new_room, until, viewer
 from .test_worker import talking, unique, working
@@ -451,6 +452,36 @@ async def test_a_track_that_comes_late_is_the_only_one(
             assert tried == 2 and not shown, "a second voice, silent for ever"
         finally:
             back.set()
+            await voice.aclose()
+
+
+@pytest.mark.server
+@pytest.mark.slow
+async def test_a_voice_of_its_own_goes_after_the_server_was_started_anew(
+    make_livekit: MakeLiveKit,
+) -> None:
+    """The connection comes back by itself, and has published the track under another id."""
+    livekit = await make_livekit()
+    place = new_room("anew")
+    async with Joined(livekit, place) as room:
+        back = asyncio.Event()
+        room.on("reconnected", back.set)
+        output = Mouthpiece(patience=5.0)
+        voice = VoiceOnly(room)
+        output.use(voice)
+        try:
+            async for one in frames(tone(0.4), 24_000):
+                await output.capture_frame(one)
+            output.flush()
+            await until(lambda: voice._shown is not None and not output.pending)
+            await livekit.restart(down=0.5)
+            await asyncio.wait_for(back.wait(), 15)
+            await asyncio.sleep(1.0)
+            await voice.hush()
+            async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+                who = api.RoomParticipantIdentity(room=place, identity="agent")
+                assert not (await lk.room.get_participant(who)).tracks
+        finally:
             await voice.aclose()
 
 
