@@ -171,6 +171,23 @@ async def test_a_machine_that_is_too_slow_for_one_room_is_told(
     assert "hardly keeps up" in caplog.text
 
 
+async def test_nobody_is_missed_while_the_connection_is_made_anew() -> None:
+    """It knows of nobody then, and the agent's own is on its way back just so."""
+    settings = dataclasses.replace(
+        Settings.from_env({}), livekit_url="ws://x", livekit_api_key="k", livekit_api_secret="s"
+    )
+    states = rtc.ConnectionState
+    room = SimpleNamespace(remote_participants={}, connection_state=states.CONN_RECONNECTING)
+    session: Any = SimpleNamespace(
+        closed=asyncio.Event(), failure=None, room=SimpleNamespace(connected=True, room=room)
+    )
+    staying = asyncio.create_task(Worker(settings, grace=0.3)._stay(session, Order(), None))
+    await asyncio.wait([staying], timeout=1.0)
+    assert not staying.done(), "it left in the middle of an outage"
+    room.connection_state = states.CONN_CONNECTED
+    assert await asyncio.wait_for(staying, 5) == "idle"
+
+
 async def test_an_engine_is_tried_with_speech_too() -> None:
     """One that shows a film of its own until somebody speaks idles well without its device."""
 
