@@ -22,6 +22,7 @@ from voipavatar.plugin import AvatarSession, VoipAvatarException
 from voipavatar.room import RoomOptions
 from voipavatar.session import Played, Studio
 
+from .conftest import MakeLiveKit
 from .scripted import Joined, Plain, agent_session, frames, said, tone
 from .test_plugin import CLAPPER, keys, local, new_room, until, viewer
 from .test_worker import talking, unique, working
@@ -395,8 +396,9 @@ async def test_a_track_that_could_not_be_published_is_tried_again(
                 output.flush()
                 while len(ends) < number:
                     await asyncio.sleep(0.02)
-                assert tried == number and voice._sid == (None if number == 1 else voice._sid)
-            assert voice._sid in room.local_participant.track_publications
+                assert tried == number and (voice._shown is None) == (number == 1)
+            assert voice._shown is not None
+            assert voice._shown.sid in room.local_participant.track_publications
         finally:
             await voice.aclose()
 
@@ -437,9 +439,9 @@ async def test_a_track_that_comes_late_is_the_only_one(
             await say(2)
             assert tried == 1 and not shown
             back.set()
-            await until(lambda: voice._sid is not None)
+            await until(lambda: voice._shown is not None)
             await say(3)
-            assert tried == 1 and list(shown) == [voice._sid]
+            assert tried == 1 and list(shown.values()) == [voice._shown]
             await voice.hush()
             assert not shown
             back.clear()
@@ -450,6 +452,36 @@ async def test_a_track_that_comes_late_is_the_only_one(
             assert tried == 2 and not shown, "a second voice, silent for ever"
         finally:
             back.set()
+            await voice.aclose()
+
+
+@pytest.mark.server
+@pytest.mark.slow
+async def test_a_voice_of_its_own_goes_after_the_server_was_started_anew(
+    make_livekit: MakeLiveKit,
+) -> None:
+    """The connection comes back by itself, and has published the track under another id."""
+    livekit = await make_livekit()
+    place = new_room("anew")
+    async with Joined(livekit, place) as room:
+        back = asyncio.Event()
+        room.on("reconnected", back.set)
+        output = Mouthpiece(patience=5.0)
+        voice = VoiceOnly(room)
+        output.use(voice)
+        try:
+            async for one in frames(tone(0.4), 24_000):
+                await output.capture_frame(one)
+            output.flush()
+            await until(lambda: voice._shown is not None and not output.pending)
+            await livekit.restart(down=0.5)
+            await asyncio.wait_for(back.wait(), 15)
+            await asyncio.sleep(1.0)
+            await voice.hush()
+            async with api.LiveKitAPI(livekit.url, livekit.api_key, livekit.api_secret) as lk:
+                who = api.RoomParticipantIdentity(room=place, identity="agent")
+                assert not (await lk.room.get_participant(who)).tracks
+        finally:
             await voice.aclose()
 
 

@@ -171,6 +171,23 @@ async def test_a_machine_that_is_too_slow_for_one_room_is_told(
     assert "hardly keeps up" in caplog.text
 
 
+async def test_nobody_is_missed_while_the_connection_is_made_anew() -> None:
+    """It knows of nobody then, and the agent's own is on its way back just so."""
+    settings = dataclasses.replace(
+        Settings.from_env({}), livekit_url="ws://x", livekit_api_key="k", livekit_api_secret="s"
+    )
+    states = rtc.ConnectionState
+    room = SimpleNamespace(remote_participants={}, connection_state=states.CONN_RECONNECTING)
+    session: Any = SimpleNamespace(
+        closed=asyncio.Event(), failure=None, room=SimpleNamespace(connected=True, room=room)
+    )
+    staying = asyncio.create_task(Worker(settings, grace=0.3)._stay(session, Order(), None))
+    await asyncio.wait([staying], timeout=1.0)
+    assert not staying.done(), "it left in the middle of an outage"
+    room.connection_state = states.CONN_CONNECTED
+    assert await asyncio.wait_for(staying, 5) == "idle"
+
+
 async def test_an_engine_is_tried_with_speech_too() -> None:
     """One that shows a film of its own until somebody speaks idles well without its device."""
 
@@ -515,6 +532,50 @@ async def test_an_avatar_that_freezes_is_spoken_for_and_taken_back(livekit: Live
         avatars = [one for one in room.remote_participants if one.startswith("voipavatar")]
         assert avatars == ["voipavatar"]
         assert not room.local_participant.track_publications, "two voices"
+
+
+@server
+@pytest.mark.slow
+async def test_a_conversation_outlives_a_server_that_is_started_anew(
+    make_livekit: MakeLiveKit,
+) -> None:
+    """Everybody is thrown out at once, and the server knows of no room and no dispatch any more."""
+    livekit = await make_livekit()
+    name, place = unique("anew"), unique("room")
+    where = (livekit.url, place, livekit.api_key, livekit.api_secret)
+    async with (
+        working(livekit, name) as worker,
+        talking(livekit, place, name) as (session, avatar, room),
+    ):
+        await avatar.wait_for_join(timeout=20)
+        handle = session.say(" ".join(["word"] * 12))  # three seconds
+        await asyncio.sleep(1.0)
+        await livekit.restart(down=1.0)
+        begin = time.monotonic()
+        end = begin + 20.0
+        while not (room.remote_participants and avatar.joined):
+            assert time.monotonic() < end, "the avatar did not come back"
+            await asyncio.sleep(0.05)
+        print(f"the avatar was back {time.monotonic() - begin:.1f} s after the server")
+        await asyncio.wait_for(handle.wait_for_playout(), 20)
+        assert not handle.interrupted, "what was not heard is said once there is a room again"
+        async with (
+            Viewer(*where, identity="sees-avatar") as face,
+            Viewer(*where, identity="sees-agent", publisher="agent") as own,
+        ):
+            await face.wait()
+            await said(session, "one two three four")
+            print(f"heard again {time.monotonic() - begin:.1f} s after the server was there")
+            assert time.monotonic() - begin <= 30.0
+            await asyncio.sleep(0.5)
+            assert loud_since(face) == pytest.approx(1.0, abs=0.1)
+            assert loud_since(own) == 0.0, "two voices"
+        assert "voipavatar" in room.remote_participants
+        assert not room.local_participant.track_publications
+        end = time.monotonic() + 15.0
+        while not (worker.health()["connected"] and worker.health()["taken"] == 1):
+            assert time.monotonic() < end, worker.health()
+            await asyncio.sleep(0.1)
 
 
 def end_of(seen: Viewer) -> int:

@@ -624,7 +624,7 @@ class VoiceOnly:
         self._queue: deque[tuple[Segment, rtc.AudioFrame | None]] = deque()
         self._work = asyncio.Event()
         self._source: rtc.AudioSource | None = None
-        self._sid: str | None = None
+        self._shown: rtc.LocalTrackPublication | None = None
         self._mute: Segment | None = None  # the one that could not be given a track
         self._publishing: asyncio.Task[rtc.LocalTrackPublication] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
@@ -688,15 +688,15 @@ class VoiceOnly:
             await self._play(segment, resampler.push(pcm.push(bytes(frame.data.cast("b")))))
 
     async def _play(self, segment: Segment, pcm: Int16) -> None:
-        if self._sid is None and segment is not self._mute:
+        if self._shown is None and segment is not self._mute:
             await self._publish()
-            self._mute = segment if self._sid is None else None
+            self._mute = segment if self._shown is None else None
         for begin in range(0, len(pcm), FRAME_RATE // 50):
             piece = np.ascontiguousarray(pcm[begin : begin + FRAME_RATE // 50])
             if segment.over:
                 return
             length = len(piece) / FRAME_RATE
-            if self._sid is None or self._source is None or not self._room.isconnected():
+            if self._shown is None or self._source is None or not self._room.isconnected():
                 await asyncio.sleep(length)  # nobody there to hear it, but time goes on
             else:
                 try:
@@ -723,7 +723,7 @@ class VoiceOnly:
             )
             work.add_done_callback(self._published)
         await asyncio.wait([work], timeout=PUBLISHED)
-        if self._sid is None:
+        if self._shown is None:
             return
         try:
             await within(work.result().wait_for_subscription(), 2.0)
@@ -735,7 +735,7 @@ class VoiceOnly:
             return  # it is not wanted any more
         self._publishing = None
         if not work.cancelled() and work.exception() is None:
-            self._sid = work.result().sid  # what is being said goes on aloud
+            self._shown = work.result()  # what is being said goes on aloud
             return
         reason = "cancelled" if work.cancelled() else type(work.exception()).__name__
         logger.warning("no voice without avatar", extra={"error": reason})
@@ -750,14 +750,14 @@ class VoiceOnly:
 
     async def hush(self) -> None:
         """Take the track away, once nothing is being said: the avatar speaks again."""
-        sid, self._sid = self._sid, None
+        shown, self._shown = self._shown, None
         source, self._source = self._source, None
         work, self._publishing = self._publishing, None
         if work is not None:
             self._spawn(self._undo(work, source))
             return
-        if sid is not None:
-            await self._unpublish(sid)
+        if shown is not None:
+            await self._unpublish(shown)
         if source is not None:
             await source.aclose()
 
@@ -766,14 +766,16 @@ class VoiceOnly:
     ) -> None:
         """Take a track away that is not there yet."""
         with contextlib.suppress(Exception):  # rtc raises bare exceptions
-            await self._unpublish((await work).sid)
+            await self._unpublish(await work)
         if source is not None:
             await source.aclose()
 
-    async def _unpublish(self, sid: str) -> None:
+    async def _unpublish(self, shown: rtc.LocalTrackPublication) -> None:
         if self._room.isconnected():
+            me = self._room.local_participant
             with contextlib.suppress(Exception):  # the room may be gone any moment
-                await within(self._room.local_participant.unpublish_track(sid), 5.0)
+                # By the id that it has now: a connection that came back has given it a new one.
+                await within(me.unpublish_track(shown.sid), 5.0)
 
     async def aclose(self) -> None:
         self.clear()

@@ -543,7 +543,7 @@ class Worker:
                 if alone:
                     return "shutdown"
                 feed = None
-            if alone or wanted or not session.room.connected:
+            if alone or wanted or not (session.room.connected and _online(session.room.room)):
                 last = time.monotonic()
             elif time.monotonic() - last > self._grace:
                 logger.info("no agent came back")
@@ -656,6 +656,11 @@ def _wanted(room: rtc.Room | None, follow: str) -> bool:
         and ATTRIBUTE_PUBLISH_ON_BEHALF not in one.attributes
         for one in room.remote_participants.values()
     )
+
+
+def _online(room: rtc.Room | None) -> bool:
+    """Whether the connection stands: one that is being made anew knows of nobody in the room."""
+    return room is not None and room.connection_state == rtc.ConnectionState.CONN_CONNECTED
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
