@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 import uuid
 from typing import Any
@@ -312,7 +313,7 @@ async def test_a_voice_that_waits_for_sound_is_waited_for() -> None:
 # --- a real room ----------------------------------------------------------------------------------
 
 
-def leads(user: User, seen: Viewer, since: float) -> list[float]:
+def leads(user: User, seen: Viewer, since: float) -> dict[str, float]:
     """Seconds from reading each word to hearing it; positive: it was read first. Empty when not
     every word was heard: this machine was too busy then."""
     spans = [(a, b) for a, b in seen.loud_spans(gap=0.07) if b - a > 0.02 * 48_000]
@@ -329,16 +330,18 @@ def leads(user: User, seen: Viewer, since: float) -> list[float]:
     }
     if len(heard) != len(WORDS):
         print(f"{len(heard)} of {len(WORDS)} words were heard")
-        return []
-    return [begin - read[word] for word, begin in zip(WORDS, heard, strict=True) if word in read]
+        return {}
+    return {
+        word: begin - read[word] for word, begin in zip(WORDS, heard, strict=True) if word in read
+    }
 
 
 async def measured(
     livekit: LiveKitServer, room: str, avatar: AvatarSession, voice: Words
 ) -> list[float]:
-    """One avatar says all the words, three times at most: the machine may be busy with other
-    things, which delays what is heard. How far each word was ahead in the best of them."""
-    best: list[float] = []
+    """One avatar says all the words three times, since the machine may be busy with other things,
+    which delays what is heard. How far each word was ahead in the median of them."""
+    runs: list[dict[str, float]] = []
     async with Joined(livekit, room) as agent_room:
         session: AgentSession[Any] = AgentSession(
             llm=Script(lines=[]), tts=voice, vad=None, use_tts_aligned_transcript=True
@@ -366,15 +369,19 @@ async def measured(
                     await asyncio.sleep(0.7)
                     said = session.history.items[-1]
                     assert said.type == "message" and said.text_content == " ".join(WORDS)
-                    found = sorted(leads(user, seen, since))
-                    if len(found) >= len(WORDS) - 1 and (not best or found[-1] < best[-1]):
-                        best = found
-                    if best and best[-1] < LEAD:
-                        break
+                    if found := leads(user, seen, since):
+                        runs.append(found)
+                    if len(runs) == 2 and all(max(one.values()) < LEAD for one in runs):
+                        break  # whatever a third one brought, the median would be below that too
         finally:
             await session.aclose()
             await avatar.aclose()
-    return best
+    assert len(runs) > 1, "not every word was heard in two of three times"
+    # Of two the larger: it is what the median of three may still come to.
+    return sorted(
+        statistics.median_high(one[word] for one in runs if word in one)
+        for word in set().union(*runs)
+    )
 
 
 @pytest.mark.server
@@ -397,9 +404,10 @@ async def test_captions_in_a_room(
         async with working(livekit, tmp_path, "clapper") as worker:
             avatar = AvatarSession(persona="clapper", mode="dispatch", agent_name=worker.agent_name)
             ahead = await measured(livekit, room, avatar, Words(**voice))
-    assert len(ahead) >= len(WORDS) - 1, "words were not read, or not heard"
+    assert len(ahead) == len(WORDS), "a word was not read"
     print(
         f"{mode}: read before heard, of {len(ahead)} words: median {ahead[len(ahead) // 2]:+.3f}, "
         f"most {ahead[-1]:+.3f}, least {ahead[0]:+.3f} s"
     )
     assert ahead[-1] < LEAD
+    assert statistics.median(ahead) > -0.5, "they come long after the voice"

@@ -30,10 +30,13 @@ async def test_ours_keeps_the_contract_and_the_runner_stands_beside_it(
     ours, theirs = both
     assert ours["ends_missing"] == ours["ends_missing_after_clear"] == 0
     assert ours["ends_doubled"] == ours["fallbacks"] == ours["clears_unheard"] == 0
-    assert ours["position_error"] <= 40
-    assert abs(ours["sync_at_source"]) <= 80  # generous: others use this machine
+    # What is promised; usual is less than half of it, since others use this machine.
+    assert ours["clear_to_silence_p95"] <= 150
+    assert ours["position_error"] <= 40 and ours["position_error_interrupted_p95"] <= 40
+    assert 0 <= ours["started_before_heard"] <= 80
+    assert abs(ours["sync_at_source"]) <= 40
+    assert 0 <= ours["stall_recovery"] <= 2000 and abs(ours["stall_lasting"]) <= 40
     assert "was heard" in ours["lost_end"]
-    assert 0 <= ours["stall_recovery"] <= 4000 and abs(ours["stall_lasting"]) <= 80
     for one in both:  # measured each in a process of its own
         assert 0 < one["cpu_idle"] < 150 and 0 < one["cpu_talking"] < 150
         assert not set(one) - set(ROWS) - {"avatar"}

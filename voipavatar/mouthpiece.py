@@ -737,8 +737,8 @@ class VoiceOnly:
         if not work.cancelled() and work.exception() is None:
             self._shown = work.result()  # what is being said goes on aloud
             return
-        reason = "cancelled" if work.cancelled() else type(work.exception()).__name__
-        logger.warning("no voice without avatar", extra={"error": reason})
+        error = asyncio.CancelledError() if work.cancelled() else work.exception()
+        logger.warning("no voice without avatar", extra={"error": type(error).__name__})
         source, self._source = self._source, None
         if source is not None:
             self._spawn(source.aclose())
