@@ -184,7 +184,7 @@ async def cycles(
 
 async def settled(wanted: Held | None) -> Held:
     """After the last goodbyes have been said."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + (2 if wanted is None else 20)
     while True:
         await asyncio.sleep(0.5)
         held = Held.now()
@@ -193,9 +193,8 @@ async def settled(wanted: Held | None) -> Held:
             and held.handles <= wanted.handles
             and held.tasks <= wanted.tasks
             and held.threads <= wanted.threads
+            and held.files <= wanted.files + LATER
         ):
-            return held
-        if wanted is None and time.monotonic() > end - 3:
             return held
 
 
