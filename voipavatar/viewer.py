@@ -36,6 +36,22 @@ class Seen:
     clock: int
     luma: float
     """Mean of the picture's middle."""
+    chroma: tuple[float, float]
+    """Means of U and V there; both are 128 in grey, and 0 in the green of a picture that is not
+    there."""
+
+
+def planes(flat: UInt8, height: int, width: int) -> tuple[UInt8, UInt8, UInt8]:
+    """Y, U and V of an I420 picture that lies in memory without gaps; odd sizes round up."""
+    size, rows, columns = height * width, (height + 1) // 2, (width + 1) // 2
+    u, v = flat[size : size + 2 * rows * columns].reshape(2, rows, columns)
+    return flat[:size].reshape(height, width), u, v
+
+
+def middle(plane: UInt8) -> float:
+    """Mean of the middle half of a plane."""
+    height, width = plane.shape
+    return float(plane[height // 4 : height * 3 // 4 : 8, width // 4 : width * 3 // 4 : 8].mean())
 
 
 class Viewer:
@@ -123,15 +139,14 @@ class Viewer:
         try:
             async for event in stream:
                 frame = event.frame
-                size = frame.width * frame.height
-                luma = np.frombuffer(frame.data, np.uint8, size).reshape(frame.height, frame.width)
                 if frame.width < 64:
                     continue  # what comes when a track ends is no picture of ours
+                flat = np.frombuffer(frame.data, np.uint8)
+                luma, *chroma = planes(flat, frame.height, frame.width)
                 when = event.timestamp_us / 1e6
                 flash, clock = read_clapper(luma)
-                height, width = luma.shape
-                middle = luma[height // 4 : height * 3 // 4 : 8, width // 4 : width * 3 // 4 : 8]
-                self.pictures.append(Seen(when, flash, clock, float(middle.mean())))
+                u, v = (middle(plane) for plane in chroma)
+                self.pictures.append(Seen(when, flash, clock, middle(luma), (u, v)))
                 if self._on_picture is not None:
                     self._on_picture(luma, when)
         finally:
@@ -214,10 +229,9 @@ class Viewer:
                     pairs.append((beep, nearest - beep))
         return pairs
 
-    async def buffering(self) -> float | None:
-        """Seconds by which this viewer's own jitter buffers delayed the picture more than the
-        sound since the last call; None where WebRTC has nothing to tell. What it sees less this
-        is what was sent."""
+    async def buffers(self) -> dict[str, float]:
+        """Seconds by which this viewer's own jitter buffers delayed the "picture" and the "sound"
+        since the last call; what WebRTC has nothing to tell of is not in it."""
         delays: dict[str, float] = {}
         for kind, track in self._tracks.items():
             for stat in await within(track.get_stats(), 5.0):
@@ -229,9 +243,13 @@ class Viewer:
                 self._buffers[kind] = now
                 if now[1] > then[1]:
                     delays[kind] = (now[0] - then[0]) / (now[1] - then[1])
-        if len(delays) < 2:
-            return None
-        return delays["picture"] - delays["sound"]
+        return delays
+
+    async def buffering(self) -> float | None:
+        """Seconds by which the picture was delayed more than the sound by these since the last
+        call; None where that isn't known. What is seen less this is what was sent."""
+        delays = await self.buffers()
+        return delays["picture"] - delays["sound"] if len(delays) == 2 else None
 
     def gaps(self) -> list[float]:
         """Seconds between successive pictures."""
