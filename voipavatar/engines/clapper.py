@@ -119,11 +119,17 @@ class ClapperEngine:
         spec = job.session.spec
         grey = (WHITE,) * 3 if job.data else (DARK,) * 3
         image = i420(spec.height, spec.width, grey)
-        top = spec.height - spec.height // 8
-        for bit in range(BITS):
-            begin, end = spec.width * bit // BITS, spec.width * (bit + 1) // BITS
-            image[top : spec.height, begin:end] = 235 if job.clock >> (BITS - 1 - bit) & 1 else 16
+        write_clock(image, job.clock)
         return image
+
+
+def write_clock(image: UInt8, clock: int) -> None:
+    """A picture clock, mod 2^16, as blocks along the bottom of an I420 picture."""
+    height, width = image.shape[0] * 2 // 3, image.shape[1]
+    top = height - height // 8
+    for bit in range(BITS):
+        begin, end = width * bit // BITS, width * (bit + 1) // BITS
+        image[top:height, begin:end] = 235 if clock >> (BITS - 1 - bit) & 1 else 16
 
 
 def read_clapper(luma: UInt8) -> tuple[bool, int]:
