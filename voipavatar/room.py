@@ -242,9 +242,12 @@ class RoomSink:
         pcm = frame.audio
         begins = self._empty_at
         if begins - now <= 0.002:
+            # After a cut the pictures that waited are gone: the first of the closing mouth comes in
+            # their place at once, or the old one would stand for up to 0.11 s. It has no sound.
+            cut = begins == 0 and frame.turn is None
             if begins > 0:
                 self.underruns += 1
-            begins = now + CUSHION
+            begins = now if cut else now + CUSHION
             pcm = np.concatenate([np.zeros(int(CUSHION * FRAME_RATE), np.int16), pcm])
         elif frame.turn is None and begins - now > 2 * CUSHION:
             spare = min(begins - now - CUSHION, 0.01)
