@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -31,6 +32,8 @@ from .scripted import Joined
 pytestmark = pytest.mark.server
 
 CLAPPER = Persona(name="clapper", engine="clapper", width=640, height=360)
+SYNC_MINUTES = float(os.environ.get("VOIPAVATAR_SYNC_MINUTES", "2"))
+"""How long sync is measured; the full length is 60."""
 
 
 @pytest.fixture
@@ -255,15 +258,26 @@ async def test_says_shows_and_reports(livekit: LiveKitServer, studio: Studio) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(SYNC_MINUTES * 60 + 280)
 async def test_sound_and_picture_stay_together(livekit: LiveKitServer, settings: Settings) -> None:
-    """Two minutes of flashes and beeps, the loop held for a second in the middle."""
-    found = await bench.sync(settings, minutes=2.0, server=livekit, stall_after=60.0)
+    """Flashes and beeps for minutes; the event loop is held for a second, and later the engine."""
+    third = SYNC_MINUTES * 20
+    found = await bench.sync(
+        settings,
+        minutes=SYNC_MINUTES,
+        server=livekit,
+        holds={"loop": third, "engine": 2 * third},
+    )
     print(found)
-    assert found["beeps"] > 150 and found["stalls"] >= 1
-    assert abs(found["source_median"]) <= 20
-    values = [found["after_stall_min"], found["after_stall_max"], found["after_stall_median"]]
-    assert max(map(abs, values)) <= 40
+    assert found["beeps"] > 0.8 * SYNC_MINUTES * 60 / bench.PERIOD
+    assert found["left_out"] + found["unknown"] < 0.3 * found["beeps"]
+    assert abs(found["source_median"]) <= 20 and abs(found["source_drift"]) <= 20
+    assert found["steady_within_40"] >= 95
+    # What was held did hold: no frame for most of a second, no new picture of a turn in another.
+    assert found["stalled"] >= 0.7 and found["late"] >= 15
+    for what in ("loop", "engine"):
+        values = [found[f"after_{what}_{how}"] for how in ("min", "max", "median")]
+        assert max(map(abs, values)) <= 40, what
 
 
 @pytest.mark.slow
