@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from voipavatar import bench
+from voipavatar.config import Settings
+from voipavatar.livekit_server import LiveKitServer
 
 
 def test_beeps_are_left_out_around_stalls_of_the_machine_only() -> None:
@@ -21,3 +25,16 @@ def test_beeps_are_left_out_around_stalls_of_the_machine_only() -> None:
     assert measured.left_out == 7
     measured.buffers = measured.buffers[:34]  # up to 16.5 s
     assert len(measured.source()) == 28 and measured.left_out == 7
+
+
+@pytest.mark.server
+@pytest.mark.slow
+async def test_a_session_in_a_room_costs_little(livekit: LiveKitServer) -> None:
+    """Of the event loop's thread, at 720p and 25 pictures a second. Processor time, so that other
+    work on the machine is not in it."""
+    found = await bench.stage(Settings.from_env({}), seconds=16, room=True, server=livekit)
+    print(found)
+    assert found["size"] == "1280x720 at 25" and found["into"] == "a room"
+    assert 0 < found["loop_idle_percent"] <= 5
+    assert 0 < found["loop_talking_percent"] <= 10
+    assert found["drawing_talking_percent"] > 1 and found["native_talking_percent"] > 1

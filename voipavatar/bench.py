@@ -7,6 +7,7 @@ the name says otherwise. The tests call the same functions.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import platform
 import time
@@ -110,16 +111,38 @@ def _void(spec: Spec) -> _Void:
 
 
 async def stage(
-    settings: Settings, *, persona: str = "default", seconds: float = 30.0, tell: Tell = _quiet
+    settings: Settings,
+    *,
+    persona: str = "default",
+    seconds: float = 30.0,
+    room: bool = False,
+    tell: Tell = _quiet,
+    server: LiveKitServer | None = None,
 ) -> Mapping[str, Any]:
     """What a session costs without encoders: half the time idle, half talking.
 
-    `loop_*` is the event loop's thread, all that the stage does; `drawing_*` is the engine's.
-    Both as a percentage of one core.
+    `loop_*` is the event loop's thread, all that the stage does, and with `room` the publishing
+    too, for nobody to see. `drawing_*` is the engine's thread, `native_*` all other threads: with
+    `room` those that encode and send. Each as a percentage of one core.
     """
-    found: dict[str, Any] = machine() | {"persona": persona, "seconds": seconds}
-    async with Studio(settings) as studio:
-        session = await studio.open(load_persona(persona, settings), sinks=[_void])
+    async with contextlib.AsyncExitStack() as undo:
+        where: RoomOptions | None = None
+        if room:
+            access = await undo.enter_async_context(_Server(settings, server, tell))
+            name = f"stage-{time.monotonic_ns()}"
+            where = RoomOptions(access.url, name, access.api_key, access.api_secret)
+        studio = await undo.enter_async_context(Studio(settings))
+        session = await studio.open(
+            load_persona(persona, settings), room=where, sinks=() if room else (_void,)
+        )
+        renderer = await studio.renderer(session.persona.engine)
+        spec = session.stage.engine.spec
+        found: dict[str, Any] = machine() | {
+            "persona": persona,
+            "size": f"{spec.width}x{spec.height} at {spec.fps}",
+            "into": "a room" if room else "nothing",
+            "seconds": seconds,
+        }
         ticks = _timed(session)
         await asyncio.sleep(1.0)
         for phase in ("idle", "talking"):
@@ -130,16 +153,14 @@ async def stage(
                 turn.end()
                 await turn.started
             ticks.clear()
-            wall, loop, everything = time.perf_counter(), time.thread_time(), time.process_time()
+            before = await _spent(renderer)
             await asyncio.sleep(seconds / 2)
-            wall = time.perf_counter() - wall
-            loop = time.thread_time() - loop
-            everything = time.process_time() - everything
+            wall, loop, drawing, everything = await _spent(renderer) - before
             found |= summary(f"tick_{phase}", ticks)
-            found[f"loop_{phase}_percent"] = round(100 * loop / wall, 2)
-            found[f"drawing_{phase}_percent"] = round(100 * (everything - loop) / wall, 2)
+            threads = {"loop": loop, "drawing": drawing, "native": everything - loop - drawing}
+            for thread, spent in threads.items():
+                found[f"{thread}_{phase}_percent"] = round(float(100 * spent / wall), 2)
         counters = session.stage.counters
-        renderer = await studio.renderer(session.persona.engine)
         found |= {
             "frames": counters.frames,
             "late": counters.late,
@@ -148,6 +169,13 @@ async def stage(
             "ms_per_picture": round(renderer.stats()["ms_per_picture"], 3),
         }
     return found
+
+
+async def _spent(renderer: Renderer) -> np.ndarray[Any, Any]:
+    """Seconds up to now: by the clock, and of processor time in the loop's thread, in the
+    engine's, and in all of the process."""
+    drawing = await renderer.call(lambda _: time.thread_time())
+    return np.array([time.perf_counter(), time.thread_time(), drawing, time.process_time()])
 
 
 def _timed(session: Session) -> list[float]:
