@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,19 +16,24 @@ import pytest_asyncio
 from livekit import api
 
 from voipavatar import bench
-from voipavatar.config import Persona, Settings, Video
+from voipavatar.config import Persona, Settings, Video, load_persona
+from voipavatar.engines import Job
+from voipavatar.engines.clapper import write_clock
+from voipavatar.engines.viseme import VisemeEngine
 from voipavatar.errors import TransportError
 from voipavatar.livekit_server import LiveKitServer
-from voipavatar.media import FRAME_RATE, Frame, Int16, i420
+from voipavatar.media import FRAME_RATE, Frame, Int16, UInt8, i420
 from voipavatar.room import FIRST_RETRY, RoomOptions, RoomSink
-from voipavatar.session import Played, Session, Studio
-from voipavatar.viewer import Viewer
+from voipavatar.session import ENGINES, Played, Session, Studio
+from voipavatar.viewer import Seen, Viewer, middle, planes
 
 from .scripted import Joined
 
 pytestmark = pytest.mark.server
 
 CLAPPER = Persona(name="clapper", engine="clapper", width=640, height=360)
+SYNC_MINUTES = float(os.environ.get("VOIPAVATAR_SYNC_MINUTES", "2"))
+"""How long sync is measured; the full length is 60."""
 
 
 @pytest.fixture
@@ -64,6 +71,119 @@ def pitch(pcm: Int16) -> float:
     return float((k + shift) * FRAME_RATE / (1 << 15))
 
 
+# --- a picture that lives -------------------------------------------------------------------------
+
+
+class Drawn:
+    """A sink that writes down the colours of what is drawn: means of the picture's middle."""
+
+    latency = 0.0
+
+    def __init__(self) -> None:
+        self.colours: list[tuple[float, ...]] = []
+
+    def put(self, frame: Frame) -> None:
+        rows, width = frame.image.shape
+        parts = planes(frame.image.reshape(-1), rows * 2 // 3, width)
+        self.colours.append(tuple(middle(plane) for plane in parts))
+
+    def clear(self) -> float:
+        return 0.0
+
+    async def aclose(self) -> None: ...
+
+
+class Clocked(VisemeEngine):
+    """A face with the clapper's clock below it: of a face alone one can't tell that it's frozen."""
+
+    def render(self, jobs: Sequence[Job]) -> list[UInt8]:
+        images = super().render(jobs)
+        for job, image in zip(jobs, images, strict=True):
+            write_clock(image, job.clock)
+        return images
+
+
+def stood(pictures: list[Seen]) -> list[tuple[float, float]]:
+    """(since when, for how many seconds) each picture was on, until one with another clock came:
+    both a gap and a frozen picture are long."""
+    changes = [new for old, new in pairwise(pictures) if new.clock != old.clock]
+    firsts = pictures[:1] + changes
+    return [(one.time, after.time - one.time) for one, after in pairwise(firsts)]
+
+
+def assert_lives(pictures: list[Seen], stalled: float) -> None:
+    """Its clock goes on at 25 a second, and nothing of it is missing or stands for long.
+
+    A busy machine holds now the stage, now the encoder, now the viewer. Only the first is known, as
+    `stalled` seconds: in them no picture was made. So of a hundred pictures one may stand for
+    longer than 0.1 s, and none as long as only a fault would hold it.
+    """
+    clocks = np.array([picture.clock for picture in pictures])
+    steps = np.diff(clocks)
+    rate = (clocks[-1] - clocks[0]) / (pictures[-1].time - pictures[0].time - stalled)
+    times = [seconds for _, seconds in stood(pictures)]
+    print(
+        f"{len(pictures)} pictures, {rate:.2f} a second, {np.mean(steps == 0):.2%} of them again; "
+        f"stood {bench.summary('ms', times)}; stalled {stalled:.2f} s"
+    )
+    assert (steps >= 0).all()
+    assert rate == pytest.approx(25, rel=0.02)
+    assert np.mean(steps == 0) <= 0.05
+    assert np.percentile(times, 99) <= 0.1
+    assert max(times) <= 0.5 + stalled
+
+
+def assert_colours(pictures: list[Seen], drawn: Drawn) -> None:
+    """Nothing that was not drawn: neither the black nor the green of a picture that isn't there,
+    nor the grey of one that lost its key frame."""
+    seen = np.array([(picture.luma, *picture.chroma) for picture in pictures])
+    made = np.array(drawn.colours)
+    lost = np.array([10, 6, 6])  # by the codec, at most
+    low, high = made.min(0) - lost, made.max(0) + lost
+    assert low[0] > 20 and low[1:].min() > 20, "what is drawn is as dark or green as nothing"
+    wrong = ((seen < low) | (seen > high)).any(1)
+    assert not wrong.any(), f"{wrong.sum()} of {len(seen)}, as {seen[wrong][0]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clapper", "default"])
+async def test_idle_speech_cut_and_idle_without_a_seam(
+    livekit: LiveKitServer, studio: Studio, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(5)
+    monkeypatch.setitem(ENGINES, "viseme", lambda settings: Clocked(settings=settings))
+    face = load_persona("default", studio.settings)
+    face = face.model_copy(update={"width": CLAPPER.width, "height": CLAPPER.height})
+    persona = CLAPPER if name == "clapper" else face
+    room, drawn = f"seams-{name}", Drawn()
+    session = await studio.open(persona, room=options(livekit, room), sinks=[lambda _: drawn])
+    cuts: list[float] = []
+    sound = bench.chatter(4.0)  # made here: it takes longer than a frame
+    async with viewer(livekit, room) as seen:
+        await seen.wait()
+        await asyncio.sleep(1.5)  # the viewer's buffer finds its length
+        begin, stalled = len(seen.pictures), session.stage.counters.stalled
+        for _ in range(10):
+            turn = session.open_turn()
+            turn.push(sound, FRAME_RATE)
+            turn.end()
+            await asyncio.wait_for(turn.started, 10)
+            await asyncio.sleep(rng.uniform(0.2, 0.8))
+            cuts.append(time.monotonic())
+            assert await session.interrupt() == 1
+            await asyncio.sleep(rng.uniform(0.8, 1.2))
+        pictures = seen.pictures[begin:]
+        assert_lives(pictures, session.stage.counters.stalled - stalled)
+        assert_colours(seen.pictures, drawn)
+    # At the cuts too, which are so few that not all of them count among the hundred.
+    longest = [
+        max(seconds for since, seconds in stood(pictures) if -0.1 < since - cut < 0.4)
+        for cut in cuts
+    ]
+    print("at the cuts", bench.summary("ms", longest))
+    assert np.median(longest) <= 0.1
+
+
 # --- joining and idling ---------------------------------------------------------------------------
 
 
@@ -71,20 +191,21 @@ def pitch(pcm: Int16) -> float:
 async def test_joins_at_once_and_idles_without_a_gap(
     livekit: LiveKitServer, studio: Studio
 ) -> None:
-    begin = time.monotonic()
-    await studio.open(CLAPPER, room=options(livekit, "idle"))
+    begun = time.monotonic()
+    drawn = Drawn()
+    session = await studio.open(CLAPPER, room=options(livekit, "idle"), sinks=[lambda _: drawn])
     async with viewer(livekit, "idle") as seen:
         await seen.wait()
-        assert seen.pictures[0].time - begin <= 2.0
+        assert seen.pictures[0].time - begun <= 2.0
+        await asyncio.sleep(1.0)
+        begin, stalled = len(seen.pictures), session.stage.counters.stalled
         await asyncio.sleep(30)
-        pictures = seen.pictures
-    clocks = np.array([picture.clock for picture in pictures])
-    assert len(pictures) >= 30 * 25 * 0.98
-    # A picture may come late on a busy machine, but none is missing for long, frozen or blank.
-    steps = np.diff(clocks)
-    assert (steps >= 0).all() and np.percentile(steps, 99) <= 2
-    assert np.percentile(seen.gaps()[25:], 99) <= 0.1
-    assert all(25 < picture.luma < 60 for picture in pictures)
+        stalled = session.stage.counters.stalled - stalled
+        pictures = seen.pictures[begin:]
+        assert_lives(pictures, stalled)
+        assert len(pictures) >= (30 - stalled) * 25 * 0.98
+        assert np.percentile(np.diff([picture.clock for picture in pictures]), 99) <= 2
+        assert_colours(seen.pictures, drawn)
 
 
 async def test_a_wrong_key_or_no_server_says_what_to_check(
@@ -137,15 +258,26 @@ async def test_says_shows_and_reports(livekit: LiveKitServer, studio: Studio) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(SYNC_MINUTES * 60 + 280)
 async def test_sound_and_picture_stay_together(livekit: LiveKitServer, settings: Settings) -> None:
-    """Two minutes of flashes and beeps, the loop held for a second in the middle."""
-    found = await bench.sync(settings, minutes=2.0, server=livekit, stall_after=60.0)
+    """Flashes and beeps for minutes; the event loop is held for a second, and later the engine."""
+    third = SYNC_MINUTES * 20
+    found = await bench.sync(
+        settings,
+        minutes=SYNC_MINUTES,
+        server=livekit,
+        holds={"loop": third, "engine": 2 * third},
+    )
     print(found)
-    assert found["beeps"] > 150 and found["stalls"] >= 1
-    assert abs(found["source_median"]) <= 20
-    values = [found["after_stall_min"], found["after_stall_max"], found["after_stall_median"]]
-    assert max(map(abs, values)) <= 40
+    assert found["beeps"] > 0.8 * SYNC_MINUTES * 60 / bench.PERIOD
+    assert found["left_out"] + found["unknown"] < 0.3 * found["beeps"]
+    assert abs(found["source_median"]) <= 20 and abs(found["source_drift"]) <= 20
+    assert found["steady_within_40"] >= 95
+    # What was held did hold: no frame for most of a second, no new picture of a turn in another.
+    assert found["stalled"] >= 0.7 and found["late"] >= 15
+    for what in ("loop", "engine"):
+        values = [found[f"after_{what}_{how}"] for how in ("min", "max", "median")]
+        assert max(map(abs, values)) <= 40, what
 
 
 @pytest.mark.slow
@@ -155,6 +287,7 @@ async def test_a_hundred_interruptions(livekit: LiveKitServer, studio: Studio) -
     rng = random.Random(7)
     session = await studio.open(CLAPPER, room=options(livekit, "barge"))
     late_sound, late_flash, errors, heard_any = [], [], [], 0
+    sent_sound, sent_flash = [], []
     async with viewer(livekit, "barge") as seen:
         await seen.wait()
         await asyncio.sleep(1.5)
@@ -171,6 +304,7 @@ async def test_a_hundred_interruptions(livekit: LiveKitServer, studio: Studio) -
             played = turn.finished.result()
             assert played.interrupted
             await asyncio.sleep(0.55)
+            buffers = await seen.buffers()
             spans = _since(seen, begun)
             flashes = [span for span in seen.flashes() if span[0] > begun]
             if played.heard == 0.0:
@@ -180,6 +314,10 @@ async def test_a_hundred_interruptions(livekit: LiveKitServer, studio: Studio) -
             last = seen.when([spans[-1][1]])[0] if spans else asked
             late_sound.append(last - asked)
             late_flash.append(flashes[-1][1] - asked if flashes else 0.0)
+            if spans and "sound" in buffers:
+                sent_sound.append(late_sound[-1] - buffers["sound"])
+            if flashes and "picture" in buffers:
+                sent_flash.append(late_flash[-1] - buffers["picture"])
             if played.heard > 0.15 and spans:
                 errors.append(_position(seen, spans[-1]) - played.heard)
     counters = session.stage.counters
@@ -188,11 +326,17 @@ async def test_a_hundred_interruptions(livekit: LiveKitServer, studio: Studio) -
         "heard", heard_any,
         "sound", bench.summary("ms", late_sound),
         "picture", bench.summary("ms", late_flash),
+        "at the source", bench.summary("ms", sent_sound), bench.summary("ms", sent_flash),
         "position", bench.summary("ms", np.abs(errors)),
     )  # fmt: skip
     assert heard_any > 50
     assert np.percentile(late_sound, 95) <= 0.150
     assert np.percentile(late_flash, 95) <= 0.300 and max(late_flash) <= 0.400
+    # Less what the viewer's own buffers add: the sound within 60 ms, of which the codec takes 20
+    # and the queue of the source 10, and the mouth within two pictures more.
+    assert len(sent_sound) > 40 and len(sent_flash) > 40
+    assert np.percentile(sent_sound, 95) <= 0.060
+    assert np.percentile(sent_flash, 95) <= 0.140
     assert np.percentile(np.abs(errors), 95) <= 0.040
 
 

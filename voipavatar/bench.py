@@ -7,26 +7,31 @@ the name says otherwise. The tests call the same functions.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
 from .config import Persona, Settings, load_persona
-from .engines import Spec
+from .engines import Job, Renderer, Spec
 from .errors import ConfigError, VoipAvatarError
 from .livekit_server import LiveKitServer
-from .media import FRAME_RATE, Frame, Int16
+from .media import FRAME_RATE, Frame, Int16, UInt8
 from .room import RoomOptions
 from .session import Session, Studio
 from .version import __version__
 from .viewer import Viewer
 
 Tell = Callable[[str], None]
+Hold: TypeAlias = Callable[[], Awaitable[None]]
+"""Holds something up for a second."""
 
 BEEP = 0.16
 """Seconds a beep lasts: four frames at 25 fps."""
@@ -106,16 +111,38 @@ def _void(spec: Spec) -> _Void:
 
 
 async def stage(
-    settings: Settings, *, persona: str = "default", seconds: float = 30.0, tell: Tell = _quiet
+    settings: Settings,
+    *,
+    persona: str = "default",
+    seconds: float = 30.0,
+    room: bool = False,
+    tell: Tell = _quiet,
+    server: LiveKitServer | None = None,
 ) -> Mapping[str, Any]:
     """What a session costs without encoders: half the time idle, half talking.
 
-    `loop_*` is the event loop's thread, all that the stage does; `drawing_*` is the engine's.
-    Both as a percentage of one core.
+    `loop_*` is the event loop's thread, all that the stage does, and with `room` the publishing
+    too, for nobody to see. `drawing_*` is the engine's thread, `native_*` all other threads: with
+    `room` those that encode and send. Each as a percentage of one core.
     """
-    found: dict[str, Any] = machine() | {"persona": persona, "seconds": seconds}
-    async with Studio(settings) as studio:
-        session = await studio.open(load_persona(persona, settings), sinks=[_void])
+    async with contextlib.AsyncExitStack() as undo:
+        where: RoomOptions | None = None
+        if room:
+            access = await undo.enter_async_context(_Server(settings, server, tell))
+            name = f"stage-{time.monotonic_ns()}"
+            where = RoomOptions(access.url, name, access.api_key, access.api_secret)
+        studio = await undo.enter_async_context(Studio(settings))
+        session = await studio.open(
+            load_persona(persona, settings), room=where, sinks=() if room else (_void,)
+        )
+        renderer = await studio.renderer(session.persona.engine)
+        spec = session.stage.engine.spec
+        found: dict[str, Any] = machine() | {
+            "persona": persona,
+            "size": f"{spec.width}x{spec.height} at {spec.fps}",
+            "into": "a room" if room else "nothing",
+            "seconds": seconds,
+        }
         ticks = _timed(session)
         await asyncio.sleep(1.0)
         for phase in ("idle", "talking"):
@@ -126,16 +153,14 @@ async def stage(
                 turn.end()
                 await turn.started
             ticks.clear()
-            wall, loop, everything = time.perf_counter(), time.thread_time(), time.process_time()
+            before = await _spent(renderer)
             await asyncio.sleep(seconds / 2)
-            wall = time.perf_counter() - wall
-            loop = time.thread_time() - loop
-            everything = time.process_time() - everything
+            wall, loop, drawing, everything = await _spent(renderer) - before
             found |= summary(f"tick_{phase}", ticks)
-            found[f"loop_{phase}_percent"] = round(100 * loop / wall, 2)
-            found[f"drawing_{phase}_percent"] = round(100 * (everything - loop) / wall, 2)
+            threads = {"loop": loop, "drawing": drawing, "native": everything - loop - drawing}
+            for thread, spent in threads.items():
+                found[f"{thread}_{phase}_percent"] = round(float(100 * spent / wall), 2)
         counters = session.stage.counters
-        renderer = await studio.renderer(session.persona.engine)
         found |= {
             "frames": counters.frames,
             "late": counters.late,
@@ -144,6 +169,13 @@ async def stage(
             "ms_per_picture": round(renderer.stats()["ms_per_picture"], 3),
         }
     return found
+
+
+async def _spent(renderer: Renderer) -> np.ndarray[Any, Any]:
+    """Seconds up to now: by the clock, and of processor time in the loop's thread, in the
+    engine's, and in all of the process."""
+    drawing = await renderer.call(lambda _: time.thread_time())
+    return np.array([time.perf_counter(), time.thread_time(), drawing, time.process_time()])
 
 
 def _timed(session: Session) -> list[float]:
@@ -172,7 +204,7 @@ async def sync(
     server: LiveKitServer | None = None,
     width: int = 640,
     height: int = 360,
-    stall_after: float | None = None,
+    holds: Mapping[str, float] | None = None,
 ) -> Mapping[str, Any]:
     """Flash against beep at a viewer in a real room. Positive: the picture is late.
 
@@ -180,8 +212,14 @@ async def sync(
     own jitter buffers add, by WebRTC's statistics of the same second (exact to about 10 ms), and
     `steady_*` are running medians of five of that, which no single late wake-up moves.
     `steady_within_40` is how many of a hundred are within 40 ms of sync, `source_drift` the median
-    of the last tenth less that of the first. With `stall_after` the event loop is held for one
-    second then, and `after_stall_*` tells the offsets at the source from two seconds after it on.
+    of the last tenth less that of the first.
+
+    Of `beeps`, those around the machine's own `stalls` are not in `source_*` and `steady_*`, but
+    for `left_out`; nor are the `unknown`, of whose second WebRTC told nothing.
+
+    `holds` says what is held for a second, the "loop" or the "engine", and after how many seconds;
+    `after_loop_*` and `after_engine_*` tell the offsets at the source from two seconds after it
+    on, until the next. `late` and `stalled` (in seconds) are also theirs, `stalls` are not.
     """
     async with _Server(settings, server, tell) as access:
         tell(f"measuring for {minutes:g} min")
@@ -191,32 +229,63 @@ async def sync(
             session = await studio.open(
                 persona, room=RoomOptions(access.url, room, access.api_key, access.api_secret)
             )
+            renderer = await studio.renderer(persona.engine)
+            known: dict[str, Hold] = {
+                "loop": _hold_loop,
+                "engine": partial(_hold_engine, renderer),
+            }
             async with Viewer(access.url, room, access.api_key, access.api_secret) as viewer:
                 await viewer.wait()
-                measured = await _measure(session, viewer, minutes * 60, stall_after)
+                later = {what: (known[what], after) for what, after in (holds or {}).items()}
+                measured = await _measure(session, viewer, minutes * 60, later)
                 status = session.status()
     if not measured.seen:
         raise VoipAvatarError("the viewer saw no flash and heard no beep: is the machine too busy?")
-    source = [value for _, value in measured.source()]
-    steady = _smooth(source)
+    source = measured.source()
+    values = [value for _, value in source]
+    steady = _smooth(values)
     found: dict[str, Any] = machine() | {
         "minutes": minutes,
         "beeps": len(measured.seen),
+        "left_out": measured.left_out,
+        "unknown": len(measured.seen) - measured.left_out - len(source),
         **_spread("seen", [value for _, value in measured.seen]),
-        **_spread("source", source),
+        **_spread("source", values),
         **_spread("steady", steady),
         "steady_within_40": round(100 * float(np.mean(np.abs(steady) <= 0.04)), 2),
-        "source_drift": _drift(source),
+        "source_drift": _drift(values),
         **summary("gap", measured.gaps),
         "underruns": status["room"]["underruns"],
         "late": status["counters"]["late"],
-        "stalls": status["counters"]["stalls"],
+        "stalls": measured.stalled,
+        "stalled": round(status["counters"]["stalled"], 2),
     }
-    if measured.held is not None:
-        since = measured.held + 2.0
-        after = [value for at, value in measured.source() if at > since]
-        found |= _spread("after_stall", _smooth(after))
+    for what, held in measured.held.items():
+        until = min((one for one in measured.held.values() if one > held), default=math.inf)
+        after = [value for at, value in source if held + 2.0 < at < until - 1.0]
+        found |= _spread(f"after_{what}", _smooth(after))
     return found
+
+
+async def _hold_loop() -> None:
+    time.sleep(1.0)  # noqa: ASYNC251 - the stall is what is measured
+
+
+async def _hold_engine(renderer: Renderer) -> None:
+    """One picture takes a second to draw."""
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+    def arm(engine: Any) -> None:
+        def slow(jobs: Sequence[Job]) -> list[UInt8]:
+            del engine.render  # its own again
+            time.sleep(1.0)
+            loop.call_soon_threadsafe(over.set)
+            return cast(list[UInt8], engine.render(jobs))
+
+        engine.render = slow
+
+    await renderer.call(arm)
+    await over.wait()
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -248,13 +317,15 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 class _Measured:
     """Offsets as seen, and what the viewer's buffers did at the time."""
 
-    seen: list[tuple[float, float]]
-    buffers: list[tuple[float, float]]
-    gaps: list[float]
-    held: float | None
-    """When the loop was let go again."""
-    stalls: list[float]
-    """When the machine itself held the stage."""
+    seen: list[tuple[float, float]] = field(default_factory=list)
+    buffers: list[tuple[float, float]] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    held: dict[str, float] = field(default_factory=dict)
+    """When what was held was let go again."""
+    stalls: list[float] = field(default_factory=list)
+    """When it was seen that the machine itself had held the stage."""
+    stalled: int = 0
+    """How often it did."""
 
     def source(self) -> list[tuple[float, float]]:
         """Offsets less the viewer's buffers, where their state is known to the second, and not
@@ -265,24 +336,32 @@ class _Measured:
         found = []
         for at, value in self.seen:
             nearest = int(np.argmin(np.abs(times - at)))
-            known = abs(times[nearest] - at) < 1.0
-            if known and not any(0 < at - stall + 1.0 < 4.0 for stall in self.stalls):
+            if abs(times[nearest] - at) < 1.0 and not self._stalled(at):
                 found.append((at, value - self.buffers[nearest][1]))
         return found
 
+    @property
+    def left_out(self) -> int:
+        """How many beeps fell into stalls of the machine."""
+        return sum(self._stalled(at) for at, _ in self.seen)
+
+    def _stalled(self, at: float) -> bool:
+        return any(0 < at - stall + 1.0 < 4.0 for stall in self.stalls)
+
 
 async def _measure(
-    session: Session, viewer: Viewer, seconds: float, stall_after: float | None
+    session: Session, viewer: Viewer, seconds: float, holds: Mapping[str, tuple[Hold, float]]
 ) -> _Measured:
-    """Beep for `seconds`, collecting offsets as they come, so that hours fit into memory."""
+    """Beep for `seconds`, collecting offsets as they come, so that hours fit into memory.
+
+    `holds` are, by name, what holds something for a second, and seconds after which it does.
+    """
     turn = session.open_turn()
+    counters = session.stage.counters
     begin, pushed = time.monotonic(), 0.0
-    held: float | None = None
-    stalls: list[float] = []
-    stalled = session.stage.counters.stalls
+    measured = _Measured()
+    stalls = counters.stalls
     seen: dict[float, float] = {}
-    buffers: list[tuple[float, float]] = []
-    gaps: list[float] = []
     piece = beeps(10 * PERIOD)
     await viewer.buffering()
     while time.monotonic() - begin < seconds:
@@ -290,26 +369,30 @@ async def _measure(
             turn.push(piece, FRAME_RATE)
             pushed += len(piece) / FRAME_RATE
         await asyncio.sleep(0.7)
-        if session.stage.counters.stalls > stalled:
-            stalled = session.stage.counters.stalls
-            stalls.append(time.monotonic())
-        if stall_after is not None and held is None and time.monotonic() - begin > stall_after:
-            time.sleep(1.0)  # noqa: ASYNC251 - the stall is what is measured
-            held = time.monotonic()
-            stalled += 1
+        if counters.stalls > stalls:
+            measured.stalled += counters.stalls - stalls
+            measured.stalls.append(time.monotonic())
+        stalls = counters.stalls
+        for what, (hold, after) in holds.items():
+            if what not in measured.held and time.monotonic() - begin > after:
+                await hold()
+                measured.held[what] = time.monotonic()
+                await asyncio.sleep(0.1)  # the stage sees now that it was held
+                stalls = counters.stalls
         delay = await viewer.buffering()
         if delay is not None:
-            buffers.append((time.monotonic() - 0.35, delay))
+            measured.buffers.append((time.monotonic() - 0.35, delay))
         seen.update(_settled(viewer))
         if len(viewer.pictures) > 2000:
-            gaps.extend(viewer.gaps()[:1500])
+            measured.gaps.extend(viewer.gaps()[:1500])
             del viewer.pictures[:1500]
     turn.cancel()
     await turn.finished
     await asyncio.sleep(0.5)
     seen.update(_settled(viewer))
-    gaps.extend(viewer.gaps())
-    return _Measured(sorted(seen.items()), buffers, gaps[25:], held, stalls)
+    measured.seen = sorted(seen.items())
+    measured.gaps = [*measured.gaps, *viewer.gaps()][25:]
+    return measured
 
 
 def _settled(viewer: Viewer) -> dict[float, float]:

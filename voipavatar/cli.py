@@ -871,11 +871,12 @@ def bench() -> None:
 @bench.command("stage")
 @click.option("--persona", default="default", show_default=True)
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=30.0, show_default=True)
+@click.option("--room", is_flag=True, help="Publish into a room, and count what that costs.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
-def bench_stage(settings: Settings, persona: str, seconds: float, as_json: bool) -> int:
+def bench_stage(settings: Settings, persona: str, seconds: float, room: bool, as_json: bool) -> int:
     """Stage times a frame, CPU a session, frames late."""
-    return _bench("stage", settings, as_json, persona=persona, seconds=seconds)
+    return _bench("stage", settings, as_json, persona=persona, seconds=seconds, room=room)
 
 
 @bench.command("sync")
