@@ -35,6 +35,7 @@ async def test_a_session_in_a_room_costs_little(livekit: LiveKitServer) -> None:
     found = await bench.stage(Settings.from_env({}), seconds=16, room=True, server=livekit)
     print(found)
     assert found["size"] == "1280x720 at 25" and found["into"] == "a room"
-    assert 0 < found["loop_idle_percent"] <= 5
-    assert 0 < found["loop_talking_percent"] <= 10
+    # Measured: 4 and 7, on a machine of our own; others may be slower.
+    assert 0 < found["loop_idle_percent"] <= 8
+    assert 0 < found["loop_talking_percent"] <= 12
     assert found["drawing_talking_percent"] > 1 and found["native_talking_percent"] > 1

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from voipavatar.waiting import within
+from voipavatar.waiting import undisturbed, within
 
 
 async def test_a_result_a_failure_and_the_limit() -> None:
@@ -79,3 +79,28 @@ async def test_cancelling_ends_the_work_too() -> None:
     task.cancel()
     await asyncio.wait([task], timeout=5.0)
     assert task.cancelled() and ended.is_set()
+
+
+async def test_what_must_not_be_given_up_goes_on_to_its_end() -> None:
+    """And the cancellation comes then, however often it was asked for."""
+    done: list[str] = []
+
+    async def work(seconds: float) -> str:
+        await asyncio.sleep(seconds)
+        done.append("it")
+        return "it"
+
+    assert await undisturbed(work(0.01), 1.0) == "it"
+    waiting = asyncio.create_task(undisturbed(work(0.1), 1.0))
+    for _ in range(3):
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled() and done == ["it", "it"]
+    with pytest.raises(asyncio.TimeoutError):
+        await undisturbed(work(1.0), 0.02)
+    late = asyncio.create_task(undisturbed(work(1.0), 0.05))
+    await asyncio.sleep(0.01)
+    late.cancel()
+    await asyncio.wait([late])
+    assert late.cancelled() and len(done) == 2, "it has a limit all the same"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import datetime
 import logging
 import random
@@ -29,7 +28,7 @@ from . import metrics
 from .config import Video
 from .errors import ConfigError, TransportError
 from .media import FRAME_RATE, Frame, Int16, UInt8
-from .waiting import within
+from .waiting import undisturbed, within
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +317,8 @@ class RoomSink:
             )
             for guest in options.guests:
                 guest.entered(room)
-            await within(self._publish(room), options.timeout)
+            # Left in the middle of publishing, the native library ends the process one time in ten.
+            await undisturbed(self._publish(room), options.timeout)
         except (rtc.ConnectError, PublishTrackError, asyncio.TimeoutError) as error:
             raise TransportError(
                 f"can't join the LiveKit room at {options.url}: {_reason(error)}. "
@@ -385,8 +385,7 @@ class RoomSink:
         if room is not None:
             for guest in self.options.guests:
                 guest.left()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await within(room.disconnect(), 5.0)
+            await leave(room)
         if audio is not None:
             await audio.aclose()
         if video is not None:
@@ -410,8 +409,19 @@ async def connect(room: rtc.Room, url: str, token: str, options: rtc.RoomOptions
     except asyncio.CancelledError:
         await asyncio.wait([work], timeout=(options.connect_timeout or 10.0) + 5.0)
         if work.done() and not work.cancelled() and work.exception() is None:
-            await room.disconnect()
+            await leave(room)
         raise
+
+
+async def leave(room: rtc.Room) -> None:
+    """Disconnect, within some seconds: the native library doesn't always answer."""
+    try:
+        await within(room.disconnect(), 5.0)
+    except asyncio.TimeoutError:
+        logger.warning("the room was not left in time")
+        listening = getattr(room, "_task", None)  # would wait for the answer for ever
+        if listening is not None:
+            listening.cancel()
 
 
 _connected = threading.Event()

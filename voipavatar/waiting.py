@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+async def undisturbed(work: Awaitable[T], seconds: float) -> T:
+    """What `work` results in, or asyncio.TimeoutError after `seconds`, with `work` cancelled.
+
+    When whoever waits is cancelled it goes on to its own end all the same, within those seconds,
+    and the cancellation comes then: for calls that a native library can't bear to see given up.
+    """
+    task = asyncio.ensure_future(work)
+    end = time.monotonic() + seconds
+    cancelled = False
+    while not task.done() and (left := end - time.monotonic()) > 0:
+        try:
+            await asyncio.wait([task], timeout=left)
+        except asyncio.CancelledError:
+            cancelled = True
+    if not cancelled:
+        return await within(task, 0.0)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # nobody else will ask for it
+    raise asyncio.CancelledError
 
 
 async def within(work: Awaitable[T], seconds: float | None) -> T:
