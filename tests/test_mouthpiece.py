@@ -14,20 +14,17 @@ from livekit.agents.voice.io import AudioOutput, AudioOutputCapabilities, Playba
 from livekit.rtc.participant import PublishTrackError
 
 from voipavatar import mouthpiece as module
-from voipavatar.agentstream import AgentStream
-from voipavatar.config import Persona, Settings
 from voipavatar.livekit_server import LiveKitServer
 from voipavatar.mouthpiece import Mouthpiece, Segment, VoiceOnly, Wire
 from voipavatar.plugin import AvatarSession, VoipAvatarException
-from voipavatar.room import RoomOptions
-from voipavatar.session import Played, Studio
+from voipavatar.session import Played
 
 from .conftest import MakeLiveKit
 from .scripted import Joined, Plain, agent_session, frames, said, tone
+from .test_agentstream import AVATAR
+from .test_agentstream import avatar as listening
 from .test_plugin import CLAPPER, keys, local, new_room, until, viewer
 from .test_worker import talking, unique, working
-
-SMALL = Persona(name="small", engine="clapper", width=320, height=180)
 
 
 class Above(AudioOutput):
@@ -286,14 +283,8 @@ async def test_an_end_that_came_too_late_is_not_taken_for_the_next_ones(
     """The avatar says something else first, for longer than the agent waits."""
     monkeypatch.setattr(module, "UNHEARD", 0.5)
     name = new_room("late")
-    stream = AgentStream(agent="agent")
-    options = RoomOptions(
-        livekit.url, name, livekit.api_key, livekit.api_secret, identity="face", guests=(stream,)
-    )
-    async with Studio(Settings.from_env({})) as studio, Joined(livekit, name) as room:
-        session = await studio.open(SMALL, room=options)
-        stream.open_turn = session.open_turn
-        wire = Wire(room, "face")
+    async with Joined(livekit, name) as room, listening(livekit, name) as (session, _):
+        wire = Wire(room, AVATAR)
         output = Mouthpiece(patience=5.0)
         ends: list[PlaybackFinishedEvent] = []
         output.on("playback_finished", ends.append)
@@ -320,7 +311,6 @@ async def test_an_end_that_came_too_late_is_not_taken_for_the_next_ones(
         finally:
             await wire.aclose()
             module.unanswer(room)
-            await stream.aclose()
 
 
 @pytest.mark.server
@@ -330,18 +320,12 @@ async def test_an_agent_whose_speech_is_refused_is_told(
     """Another agent is being heard out: the second one's segment is over at once, unheard."""
     monkeypatch.setattr("voipavatar.agentstream.PATIENCE", 0.5)
     name = new_room("second")
-    stream = AgentStream(agent="agent")
-    options = RoomOptions(
-        livekit.url, name, livekit.api_key, livekit.api_secret, identity="face", guests=(stream,)
-    )
     async with (
-        Studio(Settings.from_env({})) as studio,
         Joined(livekit, name) as first,
         Joined(livekit, name, "second") as second,
+        listening(livekit, name),
     ):
-        session = await studio.open(SMALL, room=options)
-        stream.open_turn = session.open_turn
-        wires = [Wire(first, "face"), Wire(second, "face")]
+        wires = [Wire(first, AVATAR), Wire(second, AVATAR)]
         ends: list[tuple[int, PlaybackFinishedEvent]] = []
         outputs = [Mouthpiece(patience=5.0) for _ in wires]
         for number, (output, wire) in enumerate(zip(outputs, wires, strict=True)):
@@ -362,7 +346,6 @@ async def test_an_agent_whose_speech_is_refused_is_told(
             for room, wire in zip((first, second), wires, strict=True):
                 await wire.aclose()
                 module.unanswer(room)
-            await stream.aclose()
 
 
 # --- no avatar ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import wave
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +141,11 @@ async def test_what_can_not_be_opened_says_why(studio: Studio) -> None:
     assert studio.health()["engines"]["clapper"]["sessions"] == 1
 
 
-async def test_an_engine_that_fails_is_told_and_the_sound_goes_on(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def breaking(broken: threading.Event) -> Callable[[Settings], Any]:
+    """What makes a clapper that can't draw while `broken` is set."""
     make = ENGINES["clapper"]
-    broken = threading.Event()
 
-    def breaking(settings: Settings) -> Any:
+    def made(settings: Settings) -> Any:
         engine: Any = make(settings)
         draw = engine.render
 
@@ -159,7 +157,14 @@ async def test_an_engine_that_fails_is_told_and_the_sound_goes_on(
         engine.render = render
         return engine
 
-    monkeypatch.setitem(ENGINES, "clapper", breaking)
+    return made
+
+
+async def test_an_engine_that_fails_is_told_and_the_sound_goes_on(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = threading.Event()
+    monkeypatch.setitem(ENGINES, "clapper", breaking(broken))
     kept: list[Keep] = []
     session = await studio.open(CLAPPER, sinks=[lambda spec: kept.append(Keep(spec)) or kept[0]])  # type: ignore[func-returns-value]
     broken.set()
@@ -178,21 +183,8 @@ async def test_every_engine_that_failed_is_tried_again(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With no session open nothing else would draw, and the process would seem dead for ever."""
-    make, broken = ENGINES["clapper"], threading.Event()
-
-    def breaking(settings: Settings) -> Any:
-        engine: Any = make(settings)
-        draw = engine.render
-
-        def render(jobs: Any) -> Any:
-            if broken.is_set():
-                raise RuntimeError("device lost")
-            return draw(jobs)
-
-        engine.render = render
-        return engine
-
-    monkeypatch.setitem(ENGINES, "mortal", breaking)
+    broken = threading.Event()
+    monkeypatch.setitem(ENGINES, "mortal", breaking(broken))
     await studio.open(CLAPPER)
     second = await studio.open(CLAPPER.model_copy(update={"engine": "mortal"}))
     broken.set()

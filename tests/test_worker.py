@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import signal
@@ -650,6 +651,20 @@ async def test_fifty_at_once_on_room_for_eight(livekit: LiveKitServer, tmp_path:
                 assert not [one for one in left if one.agent_name == name], "still asked for"
 
 
+async def health_of(
+    http: aiohttp.ClientSession, worker: Worker, status: int, limit: float = 5.0
+) -> dict[str, Any]:
+    """What a worker's /health tells, once it answers with that status."""
+    end = time.monotonic() + limit
+    while True:
+        answer = await http.get(worker.url + "/health")
+        found: dict[str, Any] = await answer.json()
+        if answer.status == status:
+            return found
+        assert time.monotonic() < end, found
+        await asyncio.sleep(0.05)
+
+
 @server
 async def test_a_dead_engine_is_told_and_nobody_is_taken(
     livekit: LiveKitServer, monkeypatch: pytest.MonkeyPatch
@@ -666,17 +681,7 @@ async def test_a_dead_engine_is_told_and_nobody_is_taken(
     monkeypatch.setattr("voipavatar.worker.PROBE", 0.3)
     name = unique("dead")
     async with working(livekit, name, drain=2.0) as worker, aiohttp.ClientSession() as http:
-
-        async def health(wanted: int) -> dict[str, Any]:
-            end = time.monotonic() + 5
-            while True:
-                answer = await http.get(worker.url + "/health")
-                found: dict[str, Any] = await answer.json()
-                if answer.status == wanted:
-                    return found
-                assert time.monotonic() < end, found
-                await asyncio.sleep(0.05)
-
+        health = functools.partial(health_of, http, worker)
         await health(200)
         async with talking(livekit, unique("room"), name) as (session, avatar, _):
             await avatar.wait_for_join(timeout=20)
@@ -703,17 +708,7 @@ async def test_health_tells_of_a_server_that_is_away(
     monkeypatch.setattr("voipavatar.worker.AWAY", 1.0)
     livekit = await make_livekit()
     async with working(livekit, unique("away")) as worker, aiohttp.ClientSession() as http:
-
-        async def health(status: int, limit: float) -> dict[str, Any]:
-            end = time.monotonic() + limit
-            while True:
-                answer = await http.get(worker.url + "/health")
-                found: dict[str, Any] = await answer.json()
-                if answer.status == status:
-                    return found
-                assert time.monotonic() < end, found
-                await asyncio.sleep(0.05)
-
+        health = functools.partial(health_of, http, worker)
         assert (await health(200, 1.0))["connected"]
         await livekit.kill()
         found = await health(503, 5.0)
