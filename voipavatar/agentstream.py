@@ -409,12 +409,16 @@ class AgentStream:
         """The agent has no more use for this avatar."""
         if call.caller_identity != self.agent and not await self._introduced(call.caller_identity):
             raise rtc.RpcError(1403, "only the agent may send the avatar away")
-        self._leaving = asyncio.create_task(self._left_by_itself(), name="agent-leave")
+        self._go()
         return "ok"
 
     def _sent_away(self, packet: rtc.DataPacket) -> None:
         # Only a server's own key can send without being a participant.
         if packet.topic == LEAVE and packet.participant is None and not self._closed:
+            self._go()
+
+    def _go(self) -> None:
+        if self._leaving is None or self._leaving.done():
             self._leaving = asyncio.create_task(self._left_by_itself(), name="agent-leave")
 
     async def _left_by_itself(self) -> None:

@@ -70,8 +70,6 @@ REFUSED = 1.5
 """Seconds after a worker's refusal in which another one may take the room."""
 BACKOFF = (0.5, 5.0)
 """First and longest pause before a lost avatar is asked for again, in seconds."""
-TTL = 600.0
-"""Seconds that the token of a local avatar is good for; joining again takes a new one."""
 
 
 class VoipAvatarException(VoipAvatarError):
@@ -317,7 +315,6 @@ class AvatarSession(BaseAvatarSession[Literal["avatar_lost", "avatar_joined"]]):
             identity=self._identity,
             name=self._name,
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: agent},
-            ttl=TTL,
             video=self._video,
             guests=(Mute(),),
         )

@@ -403,12 +403,13 @@ async def connect(room: rtc.Room, url: str, token: str, options: rtc.RoomOptions
     client's "ready" for it, so the connect is let go on to its own end and then undone.
     """
     _connected.set()
-    work = asyncio.ensure_future(room.connect(url, token, options))
     try:
-        await asyncio.shield(work)
+        # It has a limit of its own, which comes first.
+        await undisturbed(
+            room.connect(url, token, options), (options.connect_timeout or 10.0) + 5.0
+        )
     except asyncio.CancelledError:
-        await asyncio.wait([work], timeout=(options.connect_timeout or 10.0) + 5.0)
-        if work.done() and not work.cancelled() and work.exception() is None:
+        if room.isconnected():
             await leave(room)
         raise
 

@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 GRACE = 20.0
 """Seconds that an avatar waits in a room for its agent to come (back)."""
-TTL = 600.0
-"""Seconds that an avatar's token is good for; joining again takes a new one."""
 ENCODING = 0.2
 """Cores that encoding one room's picture and sound take, for reckoning the capacity."""
 _NAMES = ("LIVEKIT_AGENT_NAME_OVERRIDE", "LIVEKIT_AGENT_NAME")
@@ -495,7 +493,6 @@ class Worker:
             identity=order.identity,
             name=order.name or persona.title,
             attributes={ATTRIBUTE_PUBLISH_ON_BEHALF: order.agent} if order.agent else {},
-            ttl=TTL,
             video=order.video,
             guests=(stream,) if follow is None else (stream, follow),
         )
